@@ -1,0 +1,306 @@
+"""`adapt`, the `Adapter` that it returns, and `bind`: from variants and targets to a pure function of one flat dict."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LoraFuncError, listing, near_misses
+from .targets import Targets, assign
+from .variant import Params, Variant, Weight
+from .view import AdaptedLayer, Site, make_view
+from .weight import fingerprint, weight_of
+
+SHARED = "shared"  # stands for the path in the flat keys of tensors that all layers of a variant share
+# Dynamo before 2.13 cannot iterate over `module.__dict__`, though it can over a dict that it meets as a value.
+DYNAMO_READS_DICT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+
+
+def adapt(
+    model: nn.Module,
+    rules: Variant | Mapping[str, Variant],
+    *,
+    targets: Targets = Targets(),
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Adapter, dict[str, Tensor]]:
+    """An adapter for `model`, and fresh parameters for it. The model is not modified.
+
+    Args:
+        model: any module with linear layers.
+        rules: one Variant for all targets, or a mapping pattern -> Variant; the first regex that matches a path (search)
+            names its variant, and targets that no pattern matches are left alone.
+        targets: which layers.
+        generator: the only source of randomness; None is torch's default generator.
+        dtype: of the trainable parameters. Frozen constants stay in float32 (float64 where the weight is).
+
+    Returns:
+        `(adapter, params)`. `adapter(model, params, batch)` is the adapted forward; `params` is the flat dict
+        `"<path>.lora_<name>" -> tensor`, each on the device of its layer, without requires_grad.
+
+    Raises:
+        LoraFuncError: no target, a pattern that names none, hyperparameters that a layer does not allow.
+    """
+    if not isinstance(model, nn.Module):
+        raise LoraFuncError(f"model must be a torch.nn.Module, and not {type(model).__name__}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise LoraFuncError(f"dtype must be a floating torch dtype such as torch.float32, and not {dtype!r}")
+    chosen = assign(rules, targets, model)
+    variants = {path: variant for path, (variant, _) in chosen.items()}
+    layers = {path: layer for path, (_, layer) in chosen.items()}
+    trainable, frozen = draw(variants, {path: weight_of(layer) for path, layer in layers.items()}, generator)
+    params = {key: leaf.to(dtype) for key, leaf in trainable.items()}
+    base = {path: Base(weight_of(layer).shape, fingerprint(layer)) for path, layer in layers.items()}
+    adapter = Adapter(variants, {key: leaf.shape for key, leaf in params.items()}, frozen, base, dtype)
+    adapter.remember(model)
+    return adapter, params
+
+
+class Base(NamedTuple):
+    """What an adapter knows of the weight of a layer that it was made for."""
+
+    shape: tuple[int, int]  # (d_out, d_in)
+    fingerprint: str | None  # see weight.fingerprint
+
+
+class Adapter:
+    """The adapted forward of a model: `adapter(model, params, batch)`. Immutable, hashable by identity, picklable.
+
+    It holds neither the model nor any trainable tensor. What it knows is which variant adapts which layer, the shapes of the
+    parameters, and the frozen constants.
+    """
+
+    def __init__(
+        self,
+        variants: Mapping[str, Variant],
+        shapes: Mapping[str, torch.Size],
+        frozen: Mapping[str, Tensor],
+        base: Mapping[str, Base],
+        dtype: torch.dtype,
+    ):
+        self.variants = MappingProxyType(dict(variants))  # path -> Variant
+        self.shapes = MappingProxyType(dict(shapes))  # flat key -> shape of a trainable leaf
+        self.frozen = MappingProxyType(dict(frozen))  # flat key -> frozen constant
+        self.base = MappingProxyType(dict(base))  # path -> Base
+        self.dtype = dtype  # of the trainable leaves that `init` makes
+        keys, constants = by_path(shapes), by_path(frozen)
+        self._sites = tuple(
+            Site(
+                path,
+                variant,
+                {name: key for name, (key, _) in (keys.get(SHARED, {}) | keys.get(path, {})).items()},
+                {name: leaf for name, (_, leaf) in (constants.get(SHARED, {}) | constants.get(path, {})).items()},
+            )
+            for path, variant in variants.items()
+        )
+        self._attributes: dict[int, dict[int, dict[str, Any]]] = {}  # see `remember`
+
+    def __call__(self, model: nn.Module, params: Mapping[str, Tensor], batch: Any) -> Any:
+        """What the model returns for `batch`, adapted: a pure function of `params`, differentiable in them and in the batch.
+
+        `batch`: a mapping becomes keyword arguments, a tuple or list positional ones, anything else the one argument.
+
+        Raises:
+            LoraFuncError: `params` with missing or unexpected keys, wrong shapes or integer dtypes; a model without the
+                targets; a batch that no model takes; activation checkpointing of a kind that loses gradients.
+        """
+        args, kwargs = call_arguments(batch)
+        self.check(params)
+        expects_grad = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in params.values())
+        view = self._view(model, params, expects_grad=expects_grad)
+        try:
+            return view(*args, **kwargs)
+        except RuntimeError as error:
+            if "saved tensor hooks" in str(error):
+                raise LoraFuncError(
+                    "torch.func.grad and vjp cannot run through activation checkpointing, nor through anything else that packs "
+                    "saved tensors. Use lf.value_and_grad or plain autograd outside of transforms, or switch it off "
+                    "(gradient_checkpointing_disable)"
+                ) from error
+            raise
+
+    def init(self, model: nn.Module, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Fresh parameters for this adapter, as `adapt` draws them. A leaf with an anchor starts at it (see `Params`)."""
+        layers = self.layers(model)
+        anchored = {key: self.frozen[f"{key}0"] for key in self.shapes if f"{key}0" in self.frozen}
+        drawn = {p.path: p.variant for p in self._sites if not anchored.keys() >= set(p.keys.values())}
+        trainable, _ = draw(drawn, {path: weight_of(layers[path]) for path in drawn}, generator) if drawn else ({}, {})
+        start = {**trainable, **anchored}
+        return {key: start[key].to(self.dtype, copy=True) for key in self.shapes}
+
+    def to(self, *args: Any, **kwargs: Any) -> Adapter:
+        """A new Adapter whose frozen constants went through `Tensor.to`, as in `adapter.to("cuda")`."""
+        frozen = {key: leaf.to(*args, **kwargs) for key, leaf in self.frozen.items()}
+        return Adapter(self.variants, self.shapes, frozen, self.base, self.dtype)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The paths of the adapted layers."""
+        return tuple(self.variants)
+
+    def check(self, params: Mapping[str, Tensor]) -> None:
+        """Raises LoraFuncError unless `params` has exactly this adapter's keys, with floating tensors of their shapes."""
+        if not isinstance(params, Mapping):
+            raise LoraFuncError(
+                f"params must be a mapping flat key -> tensor, as adapt returns it, and not {type(params).__name__}"
+            )
+        if params.keys() != self.shapes.keys():
+            raise LoraFuncError(key_mismatch(params.keys(), self.shapes.keys()))
+        for key, shape in self.shapes.items():
+            leaf = params[key]
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                given = f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else repr(leaf)
+                raise LoraFuncError(f"params[{key!r}] is {given}, where a floating tensor of shape {tuple(shape)} was expected")
+            if leaf.shape != shape:
+                raise LoraFuncError(f"params[{key!r}] has shape {tuple(leaf.shape)}, where {tuple(shape)} was expected")
+
+    def layers(self, model: nn.Module) -> dict[str, Any]:
+        """path -> layer of `model`. Raises LoraFuncError where a target is missing or has another shape."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        if missing := [path for path in self.variants if path not in modules]:
+            raise LoraFuncError(missing_modules(model, missing))
+        for path, base in self.base.items():
+            if weight_of(modules[path]).shape != base.shape:
+                raise LoraFuncError(
+                    f"{path!r} is {weight_of(modules[path]).shape} in this {type(model).__name__}, and was {base.shape} in the "
+                    "model that the adapter was made for (d_out, d_in)"
+                )
+        return {path: modules[path] for path in self.variants}
+
+    def params_of(self, path: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the variant at `path` takes as `params`: its leaves of the flat dict and its constants, under short names."""
+        site = next(site for site in self._sites if site.path == path)
+        return {name: params[key] for name, key in site.keys.items()} | site.frozen
+
+    def remember(self, model: nn.Module) -> None:
+        """Lets torch.compile trace a call on `model`, for as long as the model lives.
+
+        Only dynamo before torch 2.13 needs it, and modules that are put into the model later are unknown to it.
+        """
+        if not DYNAMO_READS_DICT:
+            self._attributes[id(model)] = {id(module): module.__dict__ for module in model.modules()}
+            weakref.finalize(model, self._attributes.pop, id(model), None)
+
+    def _view(
+        self, model: nn.Module, params: Mapping[str, Tensor], *, expects_grad: bool = False, whole: bool = False
+    ) -> nn.Module:
+        """The view of `model` in which every target carries its part of `params`."""
+        replace = {
+            site.path: functools.partial(AdaptedLayer, site=site, params=params, expects_grad=expects_grad)
+            for site in self._sites
+        }
+        attributes = vars
+        if not DYNAMO_READS_DICT and torch.compiler.is_compiling():
+            known = self._attributes.get(id(model), {})
+            attributes = lambda module: known[id(module)]  # noqa: E731 (dynamo)
+        view, missing = make_view(model, replace, attributes, whole)
+        if missing:
+            raise LoraFuncError(missing_modules(model, missing))
+        return view
+
+    def __repr__(self) -> str:
+        counts = Counter(self.variants.values())
+        kinds = ", ".join(f"{count} x {variant}" for variant, count in counts.items())
+        return f"Adapter({kinds}; {sum(shape.numel() for shape in self.shapes.values()):,} parameters)"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Adapter, (dict(self.variants), dict(self.shapes), dict(self.frozen), dict(self.base), self.dtype)
+
+
+def bind(adapter: Adapter, model: nn.Module, params: Mapping[str, Tensor]) -> nn.Module:
+    """The adapted model as a module: a view of `model` that holds `params`, to `generate` from, evaluate, checkpoint or serve.
+
+    It is of the class of `model` and shares its weights and buffers; its modules are copies, so `eval()` on it leaves the
+    model as it is, and later changes to the model's modules do not reach it. Raises what calling the adapter raises.
+    """
+    adapter.check(params)
+    adapter.remember(model)
+    return adapter._view(model, params, whole=True)
+
+
+@torch.no_grad()
+def draw(
+    variants: Mapping[str, Variant], weights: Mapping[str, Weight], generator: torch.Generator | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Fresh trainable and frozen leaves of all layers, as two flat dicts. Raises LoraFuncError with the path of the layer."""
+    trainable: dict[str, Tensor] = {}
+    frozen: dict[str, Tensor] = {}
+    sharing: dict[str, Variant] = {}
+
+    def add(path: str, drawn: Params, device: torch.device) -> None:
+        for leaves, flat in ((drawn.trainable, trainable), (drawn.frozen, frozen)):
+            flat.update({flat_key(path, name): leaf.to(device).contiguous() for name, leaf in leaves.items()})
+
+    for variant in dict.fromkeys(variants.values()):
+        group = [weights[path] for path in variants if variants[path] == variant]
+        shared = variant.init_shared(group, generator)
+        for name in shared.trainable | shared.frozen:
+            if name in sharing:
+                raise LoraFuncError(
+                    f"{sharing[name]} and {variant} both share a tensor called {name!r} between layers; adapt them apart"
+                )
+            sharing[name] = variant
+        add(SHARED, shared, group[0].device)
+    for path, variant in variants.items():
+        try:
+            add(path, variant.init(weights[path], generator), weights[path].device)
+        except LoraFuncError as error:
+            raise LoraFuncError(f"{path!r}: {error}") from error
+    return trainable, frozen
+
+
+def flat_key(path: str, name: str) -> str:
+    """ "model.layers.0.q_proj", "A" -> "model.layers.0.q_proj.lora_A"."""
+    return f"{path}.lora_{name}" if path else f"lora_{name}"
+
+
+def by_path(flat: Mapping[str, Any]) -> dict[str, dict[str, tuple[str, Any]]]:
+    """path -> short name -> (flat key, value)."""
+    nested: dict[str, dict[str, tuple[str, Any]]] = {}
+    for key, value in flat.items():
+        path, _, name = key.rpartition("lora_")
+        nested.setdefault(path.removesuffix("."), {})[name] = (key, value)
+    return nested
+
+
+def call_arguments(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """`(args, kwargs)` for the model. Raises LoraFuncError for what cannot be a batch."""
+    if isinstance(batch, Mapping):
+        if not all(isinstance(name, str) for name in batch):
+            raise LoraFuncError(
+                f"a mapping batch becomes keyword arguments, so its keys must be strings, and not {list(batch)!r}"
+            )
+        return (), batch
+    if isinstance(batch, (tuple, list)):
+        return batch, {}
+    if batch is None or isinstance(batch, (str, bytes, bool, int, float, set, frozenset, Iterator)):
+        raise LoraFuncError(
+            f"batch is {type(batch).__name__}; expected a mapping of keyword arguments such as {{'input_ids': ids}}, a tuple "
+            "or list of positional ones, or the one argument of the model, such as a tensor"
+        )
+    return (batch,), {}
+
+
+def key_mismatch(given: Iterable[str], expected: Iterable[str]) -> str:
+    """The message for a flat dict with other keys than expected."""
+    missing = [key for key in expected if key not in given]
+    unexpected = [key for key in given if key not in expected]
+    parts = []
+    if missing:
+        parts.append(f"missing {listing(missing)}.")
+    if unexpected:
+        parts.append(f"unexpected {listing(unexpected)}.{near_misses(unexpected[0], missing or expected)}")
+    return "params: " + " ".join(parts)
+
+
+def missing_modules(model: nn.Module, missing: Sequence[str]) -> str:
+    """The message for a model without some of the targets."""
+    paths = [path for path, _ in model.named_modules()]
+    return f"{type(model).__name__} has no layer {listing(missing)}.{near_misses(missing[0], paths)}"

@@ -1,0 +1,54 @@
+"""`value_and_grad`: the gradient of a loss in the flat dict, by the cheaper of the two ways that PyTorch has."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore  (compiled)
+from torch.utils import _pytree as pytree
+
+from .errors import LoraFuncError
+
+
+def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[Any, Any]]:
+    """`g(params, *args, **kwargs) -> (value, grads)` for a scalar loss `f(params, *args, **kwargs)`.
+
+    `grads` has the structure of `params` (a tensor, or a pytree such as the flat dict). With `has_aux`, f returns
+    `(loss, aux)` and g `((loss, aux), grads)`.
+
+    `torch.func.grad` keeps the graph of the backward pass, so that its result can be differentiated again, for 1.4 to 1.7
+    times the time and 1.5 times the memory. Where nobody can ask for that, this takes `torch.autograd.grad`, and value, aux
+    and grads come without a graph: outside of every torch.func transform and of torch.compile, when no leaf of `params`
+    requires grad or gradients are off. Elsewhere it is `torch.func.grad_and_value`. The values are the same.
+
+    Raises LoraFuncError where the loss is not a scalar tensor.
+    """
+
+    @functools.wraps(f)
+    def g(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        leaves, structure = pytree.tree_flatten(params)
+        differentiable = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+        if differentiable or torch.compiler.is_compiling() or in_transform():
+            grads, value = torch.func.grad_and_value(f, has_aux=has_aux)(params, *args, **kwargs)
+            return value, grads
+        with torch.enable_grad():
+            leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+            value = f(pytree.tree_unflatten(leaves, structure), *args, **kwargs)
+            loss = value[0] if has_aux else value
+            if not isinstance(loss, Tensor) or loss.dim():
+                given = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+                raise LoraFuncError(f"the loss must be a tensor of shape (), and it is {given}")
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        detached = pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, value)
+        return detached, pytree.tree_unflatten(grads, structure)
+
+    return g
+
+
+def in_transform() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp, ..) is active in this thread."""
+    return peek_interpreter_stack() is not None

@@ -1,0 +1,236 @@
+"""`save` and `load`: one safetensors file with the parameters, the constants, and what is needed to use them again.
+
+The tensors are the flat dicts of trainable and frozen leaves. The metadata has one entry, JSON under the key "lora_func":
+
+    format     the version of this layout
+    library    the version of lora_func that wrote it
+    variants   [[name, {field: value}], ..], each distinct variant once
+    targets    {path: [index into variants, d_out, d_in, fingerprint or null]}
+    frozen     [keys of the tensors that are constants]
+    digest     SHA-256 of everything else, so that an altered file is known as one
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import secrets
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor, nn
+
+from .adapt import Adapter, Base, by_path, draw, key_mismatch
+from .errors import LoraFuncError, listing, near_misses
+from .variant import Variant, Weight
+from .variants import VARIANTS
+from .version import __version__
+from .weight import fingerprint, weight_of
+
+FORMAT = 1
+KEY = "lora_func"
+
+
+def save(path: str | os.PathLike[str], adapter: Adapter, params: Mapping[str, Tensor]) -> None:
+    """Writes `adapter` with `params` to one file, which replaces an older one only when it is whole.
+
+    Raises LoraFuncError for params that are not the adapter's, for a variant whose fields are not plain values, and for a
+    path that cannot be a file; OSError where the disk refuses. An existing file survives each of these.
+    """
+    adapter.check(params)
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise LoraFuncError(f"{str(path)!r} is a folder; give the path of a file in it")
+    if not path.parent.is_dir():
+        raise LoraFuncError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}; make it first")
+    variants = list(dict.fromkeys(adapter.variants.values()))
+    meta = {
+        "format": FORMAT,
+        "library": __version__,
+        "variants": [[variant.name(), plain_fields(variant)] for variant in variants],
+        "targets": {
+            target: [variants.index(variant), *adapter.base[target].shape, adapter.base[target].fingerprint]
+            for target, variant in adapter.variants.items()
+        },
+        "frozen": list(adapter.frozen),
+    }
+    # clones, because the format refuses tensors that share memory
+    tensors = {key: leaf.detach().cpu().contiguous().clone() for key, leaf in {**params, **adapter.frozen}.items()}
+    meta["digest"] = digest(meta, safetensors.save(tensors))
+    replace_file(path, safetensors.save(tensors, {KEY: json.dumps(meta)}))
+
+
+def load(
+    path: str | os.PathLike[str], model: nn.Module, *, variants: Iterable[type[Variant]] = (), check_base: str = "warn"
+) -> tuple[Adapter, dict[str, Tensor]]:
+    """The adapter and the parameters in a file, for `model`: the same bits as were saved, on the devices of their layers.
+
+    Args:
+        variants: classes beyond the catalogue that the file may name, as in `variants=[Mine]`.
+        check_base: what to do where the weights of the targets are not those that the adapter was made on: "warn" or "error".
+
+    Raises:
+        LoraFuncError: no such file, a truncated or altered one, a file of something else, an unknown variant or field, a
+            model without the targets or with other shapes, missing or unexpected tensors.
+    """
+    if check_base not in ("warn", "error"):
+        raise LoraFuncError(f"check_base={check_base!r}; expected 'warn' or 'error'")
+    path = Path(path)
+    if not path.is_file():
+        raise LoraFuncError(f"there is no file {str(path)!r}")
+    catalogue = {**VARIANTS, **{kind.name(): kind for kind in variants}}
+    try:
+        return restore(path.read_bytes(), model, catalogue, check_base)
+    except LoraFuncError as error:
+        raise LoraFuncError(f"{str(path)!r}: {error}") from error
+
+
+def restore(
+    content: bytes, model: nn.Module, catalogue: Mapping[str, type[Variant]], check_base: str
+) -> tuple[Adapter, dict[str, Tensor]]:
+    """`load` from the bytes of a file."""
+    try:
+        tensors = safetensors.load(content)
+        metadata = split(content)[0].get("__metadata__", {})
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise LoraFuncError(f"not a whole safetensors file, so it was truncated or altered ({error})") from error
+    if KEY not in metadata:
+        raise LoraFuncError("a safetensors file, but not one that lora_func.save wrote")
+    try:
+        meta = json.loads(metadata[KEY])
+        if meta["format"] != FORMAT:
+            raise LoraFuncError(
+                f"the file has format {meta['format']!r}, and this lora_func reads {FORMAT}; install a newer one"
+            )
+        if meta.pop("digest") != digest(meta, content):
+            raise LoraFuncError("the file was altered after it was saved: its digest is not that of its content")
+        kinds = [make_variant(name, fields, catalogue) for name, fields in meta["variants"]]
+        assigned = {target: kinds[index] for target, (index, _, _, _) in meta["targets"].items()}
+        base = {target: Base((int(rows), int(cols)), mark) for target, (_, rows, cols, mark) in meta["targets"].items()}
+        constants = set(meta["frozen"])
+    except LoraFuncError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise LoraFuncError(f"the file was altered: its metadata is not what lora_func.save writes ({error!r})") from error
+
+    layers = Adapter(assigned, {}, {}, base, torch.float32).layers(model)
+    with torch.device("meta"):  # shapes alone: nothing is drawn, and no decomposition is computed
+        trainable, frozen = draw(assigned, {target: on_meta(layer) for target, layer in layers.items()}, None)
+    for kind, given, expected in (("trainable", tensors.keys() - constants, trainable), ("frozen", constants, frozen)):
+        if given != expected.keys():
+            raise LoraFuncError(f"{kind} {key_mismatch(given, expected)}")
+    for key, expected in {**trainable, **frozen}.items():
+        given = tensors[key]
+        if given.shape != expected.shape or given.is_floating_point() != expected.is_floating_point():
+            raise LoraFuncError(
+                f"tensor {key!r} is {given.dtype} of shape {tuple(given.shape)}, where one like {expected.dtype} of shape "
+                f"{tuple(expected.shape)} was expected"
+            )
+    compare_fingerprints(base, layers, check_base)
+
+    device = {
+        key: layers[path].weight.device
+        for path, leaves in by_path(tensors).items()
+        if path in layers
+        for key, _ in leaves.values()
+    }
+    first = next(iter(layers.values())).weight.device  # of tensors that all layers share
+    # cloned: safetensors hands tensors out at 8-byte alignment, where the CPU's matrix kernels differ in the last bits
+    placed = {key: tensors[key].clone().to(device.get(key, first)) for key in {**trainable, **frozen}}
+    params = {key: placed[key] for key in trainable}
+    adapter = Adapter(
+        assigned,
+        {key: leaf.shape for key, leaf in params.items()},
+        {key: placed[key] for key in frozen},
+        base,
+        next((leaf.dtype for leaf in params.values()), torch.float32),
+    )
+    adapter.remember(model)
+    return adapter, params
+
+
+def plain_fields(variant: Variant) -> dict[str, Any]:
+    """The hyperparameters as JSON values. Raises LoraFuncError for a field that is something else."""
+    fields = {field.name: getattr(variant, field.name) for field in dataclasses.fields(variant)}
+    for name, value in fields.items():
+        if not isinstance(value, (bool, int, float, str, type(None))) or (
+            isinstance(value, float) and not math.isfinite(value)
+        ):
+            raise LoraFuncError(f"{variant}: a file can store numbers, strings, booleans and None, but {name} is {value!r}")
+    return fields
+
+
+def make_variant(name: str, fields: Mapping[str, Any], catalogue: Mapping[str, type[Variant]]) -> Variant:
+    """The inverse of `plain_fields`. Raises LoraFuncError for a name, a field or a value that is not known."""
+    if name not in catalogue:
+        raise LoraFuncError(
+            f"unknown variant {name!r}.{near_misses(str(name), catalogue)} Known are {listing(catalogue, limit=50)}; pass your "
+            "own class as load(..., variants=[Mine])"
+        )
+    known = [field.name for field in dataclasses.fields(catalogue[name])]
+    for field in fields:
+        if field not in known:
+            raise LoraFuncError(
+                f"unknown field {field!r} of {name!r}.{near_misses(field, known)} Known are {listing(known, limit=50)}"
+            )
+    return catalogue[name](**fields)
+
+
+def compare_fingerprints(base: Mapping[str, Base], layers: Mapping[str, nn.Module], check_base: str) -> None:
+    """Warns or raises where weights differ from those that the adapter was made on. The meta device has none to compare."""
+    changed = []
+    for path, known in base.items():
+        found = fingerprint(layers[path])
+        if known.fingerprint is not None and found is not None and found != known.fingerprint:
+            changed.append(path)
+    if changed:
+        message = (
+            f"the adapter was made on another base: the weights of {len(changed)} of {len(base)} adapted layers differ, as of "
+            f"{listing(changed, limit=3)}. Load the checkpoint that it was trained on"
+        )
+        if check_base == "error":
+            raise LoraFuncError(message)
+        warnings.warn(message + ", or expect other results", stacklevel=4)
+
+
+def on_meta(layer: nn.Module) -> Weight:
+    """The layer's `Weight` without its data, for shapes."""
+    weight = weight_of(layer)
+    bias = None if weight.bias is None else torch.empty_like(weight.bias, device="meta")
+    return Weight(torch.empty(weight.shape, dtype=torch.float32, device="meta"), bias)
+
+
+def split(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """The JSON header and the data of a safetensors file (its format: 8 bytes of little-endian length, header, data)."""
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def digest(meta: Mapping[str, Any], content: bytes) -> str:
+    """SHA-256 of our metadata, of the names, types and places of the tensors, and of their bytes."""
+    tensors, data = split(content)
+    tensors.pop("__metadata__", None)
+    described = json.dumps([meta, tensors], sort_keys=True)
+    return hashlib.sha256(described.encode() + data).hexdigest()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes beside `path` and renames, so that whatever happens there is the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,50 @@
+"""`merge`: an adapter folded into weights, for tools that know only plain layers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .adapt import Adapter
+from .errors import LoraFuncError, listing
+from .numerics import at_least_float32
+from .variant import Weight
+from .weight import weight_of
+
+
+def merge(
+    adapter: Adapter, model: nn.Module, params: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The weights of the adapted layers with the adapter in them: a new dict; the model keeps its own.
+
+    Args:
+        dtype: of the result; None is that of each layer's weight. The computation runs in float32, or wider.
+
+    Returns:
+        `"<path>.weight" -> W_eff` in the layout of the layer, and `"<path>.bias" -> b_eff` where it changed, so that
+        `model.load_state_dict(merged, strict=False)` or `torch.func.functional_call(model, merged, ...)` takes it.
+        Differentiable in `params`.
+
+    Raises:
+        LoraFuncError: bad `params` or model; a variant without a closed form; a weight that another module uses too.
+    """
+    adapter.check(params)
+    users = defaultdict(set)  # id of a parameter -> the paths of the modules that hold it
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)].add(path)
+    merged = {}
+    for path, layer in adapter.layers(model).items():
+        if others := users[id(layer.weight)] - {path}:
+            raise LoraFuncError(f"{path!r} shares its weight with {listing(sorted(others))}, which merging would change too")
+        stored = weight_of(layer)
+        bias = None if stored.bias is None else at_least_float32(stored.bias.detach())
+        matrix = stored.dense().detach()
+        W, b = adapter.variants[path].merged(Weight(at_least_float32(matrix), bias), adapter.params_of(path, params))
+        merged[f"{path}.weight"] = stored.as_stored(W).to(dtype or matrix.dtype, copy=True)
+        if b is not None and b is not bias:
+            merged[f"{path}.bias"] = b.to(dtype or matrix.dtype, copy=True)
+    return merged

@@ -1,0 +1,33 @@
+"""IA3: learned rescaling of a layer's output. Liu et al. 2022, arXiv 2205.05638.
+
+    out = base_out + base_out ∘ d          ( = base_out ∘ g with the paper's gate g = 1 + d )
+
+d [d_out] is zero at init, so the output is the base output to the bit. The gate is kept as its deviation from 1: bfloat16
+would round 1 + 2e-3 back to 1, and weight decay then pulls to the base model instead of switching the layer off. The bias
+is scaled too, as in PEFT. Made for k_proj and v_proj; for the input of down_proj see IA3FF. Reads nothing of the weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..numerics import at_least_float32
+from ..variant import Params, Variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3(Variant):
+    """Learned rescaling of the output, Liu et al. 2022 (arXiv 2205.05638). Trainable: d [d_out], the gate minus 1."""
+
+    def init(self, weight, generator, stats=None):
+        return Params({"d": torch.zeros(weight.shape[0])})
+
+    def apply(self, x, base_out, weight, params):
+        return torch.addcmul(base_out, base_out, params["d"].to(base_out.dtype))
+
+    def merged(self, weight, params):
+        # (1 + d) W, (1 + d) b
+        g = 1 + params["d"]
+        return g[:, None] * at_least_float32(weight.dense()), None if weight.bias is None else g * weight.bias

@@ -1,0 +1,157 @@
+"""The view: a structural copy of a model in which some layers are replaced, while the model itself is never touched.
+
+Copied is only what must differ: the containers on the way to a replaced layer, and modules whose parameters require grad,
+which the copy holds detached, so that the base is frozen without a `requires_grad_(False)` on the user's model. A copy is a
+new object with a copy of the original's `__dict__`; weights, buffers, hooks and all other modules are shared. A view is made
+anew for every call, which takes about a millisecond, so it follows the model as it is now: train or eval, moved, patched,
+checkpointed. Nothing in it is shared between calls, so threads and nested transforms cannot meet in it. It is made by plain
+Python that torch.compile traces, so a compiled call guards on the model and is traced again when the model changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LoraFuncError
+from .variant import Variant
+from .weight import weight_of
+
+MODULE_STATE = frozenset(nn.Module().__dict__)  # what every module has; shared or replaced as a whole, never searched
+PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
+
+
+def make_view(
+    model: nn.Module,
+    replace: Mapping[str, Callable[[nn.Module], nn.Module]],
+    attributes: Callable[[nn.Module], dict[str, Any]] = vars,
+    whole: bool = False,
+) -> tuple[nn.Module, list[str]]:
+    """A structural copy of `model` in which the module at each path of `replace` is `replace[path](module)`.
+
+    A module that stands in the tree twice is copied once and stays in both places. `whole` copies every module, so that a
+    user may call `eval()` on the result. `attributes` returns the `__dict__` of a module (see `Adapter.remember`).
+    Returns the copy, and the paths of `replace` that the model does not have.
+    """
+    new: dict[int, Any] = {}  # id of an original module or parameter -> what stands for it in the view
+    copies: list[tuple[nn.Module, nn.Module]] = []
+    missing = dict.fromkeys(replace)
+
+    def visit(module: nn.Module, path: str) -> nn.Module:
+        if id(module) in new:
+            return new[id(module)]
+        children, detached = {}, {}
+        for name, child in module._modules.items():
+            if child is not None:
+                standing_in = visit(child, f"{path}.{name}" if path else name)
+                if standing_in is not child:
+                    children[name] = standing_in
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                detached[name] = new[id(parameter)] = parameter.detach()
+        result = module
+        if whole or children or detached:
+            result = object.__new__(type(module))
+            for name, value in attributes(module).items():
+                result.__dict__[name] = value
+            result.__dict__["_modules"] = {**module._modules, **children}
+            if detached:
+                result.__dict__["_parameters"] = {**module._parameters, **detached}
+            copies.append((module, result))
+        if path in missing:
+            del missing[path]
+            result = replace[path](result)
+        new[id(module)] = result
+        return result
+
+    view = visit(model, "")
+    for module, copy in copies:
+        standing_for = new[id(module)]
+        new[id(module)] = copy  # what a replaced layer says of itself means its copy; what others say means the replacement
+        for name, value in attributes(module).items():
+            if name not in MODULE_STATE:
+                copy.__dict__[name] = rebound(value, new)
+        new[id(module)] = standing_for
+    return view, list(missing)
+
+
+def rebound(value: Any, new: Mapping[int, Any]) -> Any:
+    """`value` with the modules and parameters that `new` replaces replaced; `value` itself where it refers to none.
+
+    accelerate, for one, sets `module.forward = partial(new_forward, module)`: kept as it is, it would run the original
+    children and leave every adapter below it inert, without a word. Containers are searched one level deep.
+    """
+    kind = type(value)
+    if kind is list or kind is tuple:
+        items = [rebound_item(item, new) for item in value]
+        return kind(items) if any(item is not old for item, old in zip(items, value)) else value
+    if kind is dict or kind is OrderedDict:
+        entries = {name: rebound_item(item, new) for name, item in value.items()}
+        return kind(entries) if any(item is not value[name] for name, item in entries.items()) else value
+    return rebound_item(value, new)
+
+
+def rebound_item(value: Any, new: Mapping[int, Any]) -> Any:
+    kind = type(value)
+    if kind in PLAIN:
+        return value
+    if kind is types.MethodType:
+        owner = rebound_item(value.__self__, new)
+        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+    if kind is functools.partial:
+        function, args, kwargs = rebound_item(value.func, new), rebound(value.args, new), rebound(value.keywords, new)
+        same = function is value.func and args is value.args and kwargs is value.keywords
+        return value if same else functools.partial(function, *args, **kwargs)
+    if isinstance(value, (nn.Module, Tensor)):
+        return new.get(id(value), value)
+    return value
+
+
+class Site(NamedTuple):
+    """One adapted layer, as a call needs to know it."""
+
+    path: str
+    variant: Variant
+    keys: dict[str, str]  # short name -> flat key, of the trainable leaves
+    frozen: dict[str, Tensor]  # short name -> constant
+
+
+class AdaptedLayer(nn.Module):
+    """What stands for an adapted layer in a view: `variant.apply(x, layer(variant.transform_input(x)), ..)`.
+
+    Its trainable leaves are buffers called `lora_<name>`, so the flat dict's keys are paths in the view, and
+    `torch.func.functional_call(view, params, ...)` works too. Attributes that it lacks are those of the layer.
+    """
+
+    def __init__(self, layer: nn.Module, site: Site, params: Mapping[str, Tensor], expects_grad: bool):
+        super().__init__()
+        # straight into the dicts: `nn.Module.__setattr__` would take longer than all else that a view costs
+        self._modules["layer"] = layer
+        self.__dict__["site"] = site
+        self.__dict__["expects_grad"] = expects_grad  # whether gradients were on, and wanted, where the call began
+        for name, key in site.keys.items():
+            self._buffers[f"lora_{name}"] = params[key]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        path, variant, keys, frozen = self.site
+        if self.expects_grad and not torch.is_grad_enabled():
+            raise LoraFuncError(
+                f"gradients are switched off inside the model where it calls {path!r}, so its adapter would get none. With "
+                "activation checkpointing, pass use_reentrant=False; otherwise leave this layer out of the targets, or call "
+                "under torch.no_grad()"
+            )
+        params = {name: self._buffers[f"lora_{name}"] for name in keys} | frozen
+        base_out = self.layer(variant.transform_input(x, params), *args, **kwargs)
+        return variant.apply(x, base_out, weight_of(self.layer), params)
