@@ -16,7 +16,7 @@ from .errors import LoraFuncError, listing, near_misses
 from .targets import Targets, assign
 from .variant import Params, Variant, Weight
 from .view import AdaptedLayer, Site, make_view
-from .weight import fingerprint, weight_of
+from .weight import check_layer, fingerprint, weight_of
 
 SHARED = "shared"  # stands for the path in the flat keys of tensors that all layers of a variant share
 # Dynamo before 2.13 cannot iterate over `module.__dict__`, though it can over a dict that it meets as a value.
@@ -55,6 +55,8 @@ def adapt(
     chosen = assign(rules, targets, model)
     variants = {path: variant for path, (variant, _) in chosen.items()}
     layers = {path: layer for path, (_, layer) in chosen.items()}
+    for path, layer in layers.items():
+        check_layer(path, layer)
     trainable, frozen = draw(variants, {path: weight_of(layer) for path, layer in layers.items()}, generator)
     params = {key: leaf.to(dtype) for key, leaf in trainable.items()}
     base = {path: Base(weight_of(layer).shape, fingerprint(layer)) for path, layer in layers.items()}
@@ -77,6 +79,14 @@ class Adapter:
     parameters, and the frozen constants.
     """
 
+    variants: Mapping[str, Variant]  # path -> Variant
+    shapes: Mapping[str, torch.Size]  # flat key -> shape of a trainable leaf
+    frozen: Mapping[str, Tensor]  # flat key -> frozen constant
+    base: Mapping[str, Base]  # path -> Base
+    dtype: torch.dtype  # of the trainable leaves that `init` makes
+    _sites: tuple[Site, ...]
+    _attributes: dict[int, dict[int, dict[str, Any]]]  # see `remember`
+
     def __init__(
         self,
         variants: Mapping[str, Variant],
@@ -85,13 +95,8 @@ class Adapter:
         base: Mapping[str, Base],
         dtype: torch.dtype,
     ):
-        self.variants = MappingProxyType(dict(variants))  # path -> Variant
-        self.shapes = MappingProxyType(dict(shapes))  # flat key -> shape of a trainable leaf
-        self.frozen = MappingProxyType(dict(frozen))  # flat key -> frozen constant
-        self.base = MappingProxyType(dict(base))  # path -> Base
-        self.dtype = dtype  # of the trainable leaves that `init` makes
         keys, constants = by_path(shapes), by_path(frozen)
-        self._sites = tuple(
+        sites = tuple(
             Site(
                 path,
                 variant,
@@ -100,7 +105,18 @@ class Adapter:
             )
             for path, variant in variants.items()
         )
-        self._attributes: dict[int, dict[int, dict[str, Any]]] = {}  # see `remember`
+        vars(self).update(
+            variants=MappingProxyType(dict(variants)),
+            shapes=MappingProxyType(dict(shapes)),
+            frozen=MappingProxyType(dict(frozen)),
+            base=MappingProxyType(dict(base)),
+            dtype=dtype,
+            _sites=sites,
+            _attributes={},
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"an Adapter is immutable, so {name!r} cannot be set")
 
     def __call__(self, model: nn.Module, params: Mapping[str, Tensor], batch: Any) -> Any:
         """What the model returns for `batch`, adapted: a pure function of `params`, differentiable in them and in the batch.
@@ -167,6 +183,7 @@ class Adapter:
         if missing := [path for path in self.variants if path not in modules]:
             raise LoraFuncError(missing_modules(model, missing))
         for path, base in self.base.items():
+            check_layer(path, modules[path])
             if weight_of(modules[path]).shape != base.shape:
                 raise LoraFuncError(
                     f"{path!r} is {weight_of(modules[path]).shape} in this {type(model).__name__}, and was {base.shape} in the "

@@ -62,22 +62,24 @@ def features(module: Any) -> tuple[int, int]:
 
 
 def weight_of(layer: Any) -> LinearWeight:
-    """The `Weight` of a linear layer.
-
-    Raises LoraFuncError, naming the class of the layer, where its matrix cannot be read.
-    """
+    """The `Weight` of a linear layer. Raises LoraFuncError for another module."""
     kind = kind_of(layer)
     if kind is None:
         raise LoraFuncError(f"{type(layer).__name__} is not a linear layer: it needs in_features, out_features and a weight")
+    return kind(layer)
+
+
+def check_layer(path: str, layer: Any) -> None:
+    """Raises LoraFuncError, naming the class of the layer, where its matrix cannot be read."""
+    weight = weight_of(layer)
     if nn.parameter.is_lazy(layer.weight):
-        raise LoraFuncError(f"{type(layer).__name__} has no weight yet: run the model once on an example, then adapt it")
-    weight = kind(layer)
+        raise LoraFuncError(f"{path!r} is a {type(layer).__name__} without a weight yet: run the model once, then adapt it")
     if not layer.weight.is_floating_point() or weight.matrix.shape != features(layer):
         raise LoraFuncError(
-            f"{type(layer).__name__} holds a weight of {layer.weight.dtype} and shape {tuple(layer.weight.shape)}, where a "
-            f"floating one of shape {features(layer)} was expected; this way of packing a weight is not supported"
+            f"{path!r} is a {type(layer).__name__} with a weight of {layer.weight.dtype} and shape "
+            f"{tuple(layer.weight.shape)}, where a floating one of shape {features(layer)} was expected; this way of packing a "
+            "weight is not supported"
         )
-    return weight
 
 
 def fingerprint(layer: Any, samples: int = 64) -> str | None:

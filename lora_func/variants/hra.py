@@ -19,6 +19,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from ..errors import LoraFuncError
 from ..numerics import at_least_float32, compact_wy, low_rank_update, normalised_rows, uniform
 from ..variant import Params, Variant, check_positive, check_rank
@@ -47,7 +49,7 @@ class HRA(Variant):
         return Params({"U": half.repeat_interleave(2, dim=0)})
 
     def transform_input(self, x, params):
-        unit, K = compact_wy(params["U"])
+        unit, K = compact_wy(params["U"].to(torch.promote_types(params["U"].dtype, x.dtype)))
         return low_rank_update(x, x, unit, K.mT, -1.0)
 
     def merged(self, weight, params):

@@ -1,0 +1,82 @@
+"""Small models that tests share, and the states by which they tell that nothing touched them."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import lora_func as lf
+
+VOCABULARY = 64
+
+
+def mlp(bias: bool = True) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 16, bias), nn.GELU(), nn.Linear(16, 16, bias), nn.GELU(), nn.Linear(16, 4, bias))
+
+
+def tiny_llama(**changes: Any) -> LlamaForCausalLM:
+    """Two layers, grouped-query attention, random weights; d_in and d_out differ in every kind of layer."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, num_hidden_layers=2, max_position_embeddings=64, pad_token_id=0, **{**sizes, **changes}
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def qwen3_600m() -> Qwen3ForCausalLM:
+    """The shape of Qwen/Qwen3-0.6B, without weights."""
+    config = Qwen3Config(
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        return Qwen3ForCausalLM(config)
+
+
+def text_batch(rows: int = 3, length: int = 10, pad: str = "right") -> dict[str, Tensor]:
+    """Token ids with labels, and a mask that pads the first row."""
+    ids = torch.randint(1, VOCABULARY, (rows, length))
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    if pad == "left":
+        mask = mask.flip(1)
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def trained(params: dict[str, Tensor], noise: float = 0.1) -> dict[str, Tensor]:
+    """Parameters as if after training: moved from where they start."""
+    return {key: leaf + noise * torch.randn_like(leaf) for key, leaf in params.items()}
+
+
+def state_of(model: nn.Module) -> str:
+    """Everything that a call could have touched: bytes, versions, gradients, flags, hooks, attributes, structure."""
+    digest = hashlib.sha256()
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(repr((name, id(t), t._version, t.requires_grad, t.grad is None, t.dtype, t.shape)).encode())
+        digest.update(t.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for name, module in model.named_modules():
+        digest.update(repr((name, id(module), type(module), module.training)).encode())
+        for attribute, value in vars(module).items():
+            entries = list(value.items()) if isinstance(value, dict) else []
+            digest.update(repr((attribute, id(value), [(str(key), id(entry)) for key, entry in entries])).encode())
+    return digest.hexdigest()
+
+
+def adapted(
+    rules: Any = None, model: nn.Module | None = None, **options: Any
+) -> tuple[nn.Module, lf.Adapter, dict[str, Tensor]]:
+    """A tiny Llama with an adapter on q_proj and v_proj whose parameters have moved."""
+    model = tiny_llama() if model is None else model
+    options.setdefault("targets", lf.Targets(names=(r"q_proj$", r"v_proj$")))
+    adapter, params = lf.adapt(model, lf.LoRA(r=4) if rules is None else rules, **options)
+    return model, adapter, trained(params)

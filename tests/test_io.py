@@ -1,0 +1,254 @@
+"""Files: the same bits after a round trip, an error with names for everything else, and an old file that survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from models import adapted, mlp, qwen3_600m, text_batch, tiny_llama
+from safetensors import torch as safetensors
+from torch import nn
+
+import lora_func as lf
+from lora_func import io
+
+NAME = "adapter.safetensors"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model, its PiSSA adapter with constants, trained parameters, and the file."""
+    model, adapter, params = adapted(lf.PiSSA(r=4))
+    lf.save(tmp_path / NAME, adapter, params)
+    return model, adapter, params, tmp_path / NAME
+
+
+def rewrite(path: Path, change) -> None:
+    """The file with its metadata and tensors changed, and a digest that matches: what a careful hand could do."""
+    content = path.read_bytes()
+    meta, tensors = json.loads(io.split(content)[0]["__metadata__"][io.KEY]), safetensors.load(content)
+    change(meta, tensors)
+    meta.pop("digest")
+    meta["digest"] = io.digest(meta, safetensors.save(tensors))
+    path.write_bytes(safetensors.save(tensors, {io.KEY: json.dumps(meta)}))
+
+
+def test_round_trip_of_a_mixture(tmp_path):
+    model = tiny_llama().bfloat16()
+    rules = {r"(k|v)_proj$": lf.IA3(), r"down_proj$": lf.DeLoRA(r=2, init="paper"), r".": lf.HRA(r=4, init_norm=0.3)}
+    model, adapter, params = adapted(rules, model, targets=lf.Targets(), dtype=torch.bfloat16)
+    lf.save(tmp_path / NAME, adapter, params)
+    again, loaded = lf.load(str(tmp_path / NAME), model)
+    assert dict(again.variants) == dict(adapter.variants)
+    assert list(loaded) == list(params)
+    assert all(torch.equal(loaded[key], params[key]) and loaded[key].dtype == torch.bfloat16 for key in params)
+    assert all(torch.equal(again.frozen[key], adapter.frozen[key]) for key in adapter.frozen)
+    batch = text_batch()
+    assert torch.equal(again(model, loaded, batch).logits, adapter(model, params, batch).logits)
+    fresh = again.init(model, generator=torch.Generator())
+    torch.testing.assert_close(again(model, fresh, batch).logits, model(**batch).logits, rtol=2e-2, atol=2e-2)
+
+
+def test_leaves_the_random_state_alone(saved):
+    model, _, _, path = saved
+    state = torch.get_rng_state()
+    lf.load(path, model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_params_that_share_memory(tmp_path):
+    """Views of one tensor, as unbind makes them, which the format itself refuses."""
+    model, adapter, params = adapted(lf.IA3(), mlp(), targets=lf.Targets(names=("0", "2"), roles=()))
+    params = dict(zip(params, torch.randn(2, 16).unbind()))
+    lf.save(tmp_path / NAME, adapter, params)
+    assert all(torch.equal(leaf, params[key]) for key, leaf in lf.load(tmp_path / NAME, model)[1].items())
+
+
+def test_no_pickle(saved):
+    """What is in the file is JSON and numbers."""
+    header = io.split(saved[3].read_bytes())[0]
+    assert json.loads(header["__metadata__"][io.KEY])["variants"] == [["pissa", {"r": 4, "alpha": 8.0}]]
+
+
+# bad files
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 100, -1], ids=lambda keep: f"keep {keep}")
+def test_truncated(saved, keep):
+    model, _, _, path = saved
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(
+        lf.LoraFuncError, match=r"adapter.safetensors': not a whole safetensors file, so it was truncated or altered"
+    ):
+        lf.load(path, model)
+
+
+def test_every_altered_byte_is_noticed(saved):
+    """Nothing but LoraFuncError, whichever byte is changed, and to what."""
+    model, _, _, path = saved
+    content = path.read_bytes()
+    generator = random.Random(0)
+    for _ in range(300):
+        altered = bytearray(content)
+        place = generator.randrange(len(content) if generator.random() < 0.5 else 3000)
+        altered[place] ^= generator.randrange(1, 256)
+        path.write_bytes(altered)
+        with pytest.raises(lf.LoraFuncError):
+            lf.load(path, model)
+
+
+def test_no_file(saved):
+    with pytest.raises(lf.LoraFuncError, match="there is no file '.*nothing.safetensors'"):
+        lf.load(saved[3].with_name("nothing.safetensors"), saved[0])
+
+
+def test_a_file_of_something_else(saved):
+    model, _, params, path = saved
+    safetensors.save_file(params, path)
+    with pytest.raises(lf.LoraFuncError, match="a safetensors file, but not one that lora_func.save wrote"):
+        lf.load(path, model)
+
+
+def drop(dictionary, key):
+    del dictionary[key]
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda meta, _: meta.update(format=2), "the file has format 2, and this lora_func reads 1; install a newer one"),
+        (lambda meta, _: meta.update(variants=[["pisa", {}]]), "unknown variant 'pisa'. Did you mean 'pissa'"),
+        (
+            lambda meta, _: meta.update(variants=[["pissa", {"rank": 4}]]),
+            "unknown field 'rank' of 'pissa'.* Known are 'r', 'alpha'",
+        ),
+        (lambda meta, _: meta.update(variants=[["pissa", {"r": 0}]]), r"PiSSA\(r=0\): r must be an integer of at least 1"),
+        (lambda meta, _: meta.update(variants=[["pissa", {"r": "4"}]]), r"PiSSA\(r='4'\): r must be an integer of at least 1"),
+        (
+            lambda meta, _: meta.update(variants=[["pissa", {"r": 5}]]),
+            r"'.*q_proj.lora_A' is torch.float32 of shape \(4, 32\), where",
+        ),
+        (lambda meta, _: meta.update(variants=[["lora", {"r": 10**9}]]), "frozen params: unexpected"),
+        (lambda meta, _: meta.update(variants=[["lora", {"r": 4}]]), "frozen params: unexpected"),
+        (lambda meta, _: meta.update(variants={"pissa": {}}), "its metadata is not what lora_func.save writes"),
+        (lambda meta, _: drop(meta, "targets"), "its metadata is not what lora_func.save writes"),
+        (lambda meta, _: meta["targets"].update({Q: [7, 48, 32, None]}), "its metadata is not what lora_func.save writes"),
+        (lambda meta, _: meta["targets"].update({Q: [0, 48]}), "its metadata is not what lora_func.save writes"),
+        (
+            lambda meta, _: meta["targets"].update({Q: [0, 64, 32, None]}),
+            r"q_proj' is \(48, 32\) in this .*, and was \(64, 32\)",
+        ),
+        (lambda meta, _: meta["targets"].update({"model.q": [0, 4, 4, None]}), "LlamaForCausalLM has no layer 'model.q'"),
+        (lambda meta, _: meta["frozen"].pop(), "trainable params: unexpected"),
+        (lambda meta, _: meta["frozen"].append("more"), "frozen params: unexpected 'more'"),
+        (lambda _, tensors: drop(tensors, f"{Q}.lora_A"), f"trainable params: missing '{Q}.lora_A'"),
+        (lambda _, tensors: tensors.update({f"{Q}.lora_Z": torch.ones(1)}), f"trainable params: unexpected '{Q}.lora_Z'"),
+        (
+            lambda _, tensors: tensors.update({f"{Q}.lora_A": torch.ones(32, 4)}),
+            r"torch.float32 of shape \(32, 4\), where one like",
+        ),
+        (
+            lambda _, tensors: tensors.update({f"{Q}.lora_A": torch.ones(4, 32).int()}),
+            r"torch.int32 of shape \(4, 32\), where one",
+        ),
+    ],
+)
+def test_a_file_that_does_not_fit(saved, change, message):
+    model, _, _, path = saved
+    rewrite(path, change)
+    with pytest.raises(lf.LoraFuncError, match=message):
+        lf.load(path, model)
+
+
+def test_another_base(saved):
+    """Other weights under the same names: a warning that names the layers, or an error; nothing on the meta device."""
+    model, adapter, params, path = saved
+    other = tiny_llama()
+    message = "the adapter was made on another base: the weights of 4 of 4 adapted layers differ, as of 'model.layers.0"
+    with pytest.warns(UserWarning, match=message):
+        _, loaded = lf.load(path, other)
+    assert all(torch.equal(loaded[key], params[key]) for key in params)
+    with pytest.raises(lf.LoraFuncError, match=message):
+        lf.load(path, other, check_base="error")
+    with pytest.raises(lf.LoraFuncError, match="check_base='ignore'; expected 'warn' or 'error'"):
+        lf.load(path, other, check_base="ignore")
+    with torch.no_grad():
+        other.load_state_dict(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lf.load(path, other, check_base="error")
+        lf.load(path, tiny_llama().to("meta"))
+        lf.load(path, other.bfloat16())  # a checkpoint that was rounded on loading is the same base
+
+
+def test_the_shape_of_the_published_model(tmp_path):
+    """On Qwen3-0.6B without weights: metadata and shapes alone."""
+    model = qwen3_600m()
+    adapter, params = lf.adapt(model, lf.LoRA(r=1), targets=lf.Targets(names=("q_proj",)))
+    on_cpu = {key: torch.zeros(leaf.shape) for key, leaf in params.items()}
+    lf.save(tmp_path / NAME, adapter, on_cpu)
+    again, loaded = lf.load(tmp_path / NAME, model)
+    assert dict(again.variants) == dict(adapter.variants)
+    assert {leaf.device.type for leaf in loaded.values()} == {"meta"}
+
+
+# writing
+
+
+def test_a_folder_that_does_not_exist(saved):
+    model, adapter, params, path = saved
+    with pytest.raises(lf.LoraFuncError, match=r"cannot be written: there is no folder '.*/none'; make it first"):
+        lf.save(path.parent / "none" / NAME, adapter, params)
+    with pytest.raises(lf.LoraFuncError, match="is a folder; give the path of a file in it"):
+        lf.save(path.parent, adapter, params)
+
+
+def test_the_old_file_survives_a_failed_write(saved, monkeypatch):
+    """The disk is full halfway through: the error arrives, the old file is whole, and nothing else is left."""
+    model, adapter, params, path = saved
+    before = path.read_bytes()
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        lf.save(path, adapter, {key: leaf + 1 for key, leaf in params.items()})
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [NAME]
+
+
+def test_a_field_that_no_file_can_hold(tmp_path):
+    class Odd(lf.LoRA):
+        pass
+
+    model = mlp()
+    adapter, params = lf.adapt(model, Odd(), targets=lf.Targets(roles=()))
+    object.__setattr__(adapter.variants["0"], "alpha", torch.ones(1))
+    with pytest.raises(lf.LoraFuncError, match="a file can store numbers, strings, booleans and None, but alpha is"):
+        lf.save(tmp_path / NAME, adapter, params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_through_a_link(saved, tmp_path):
+    """A symbolic link stays one; the file that it points to is replaced."""
+    model, adapter, params, path = saved
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(path)
+    lf.save(link, adapter, params)
+    assert link.is_symlink()
+    assert isinstance(lf.load(link, model)[0], lf.Adapter)
+
+
+def test_a_model_that_is_one_layer(tmp_path):
+    model, adapter, params = adapted(model=nn.Linear(4, 3), targets=lf.Targets())
+    lf.save(tmp_path / NAME, adapter, params)
+    assert set(lf.load(tmp_path / NAME, model)[1]) == {"lora_A", "lora_B"}

@@ -1,0 +1,67 @@
+"""Merged weights: a new dict in the layout and the dtype of the layers, computed in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES
+from models import adapted, mlp, text_batch, tiny_llama
+from torch import nn
+from torch.func import functional_call
+
+import lora_func as lf
+
+ALL = lf.Targets(roles=())
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_merged_model_is_the_adapted_one(case, bias):
+    model = mlp(bias)
+    variant = case.make(**({} if case.ranks(4, 4) is None else {"r": 4}))
+    model, adapter, params = adapted(variant, model, targets=ALL)
+    merged = lf.merge(adapter, model, params)
+    assert {key for key in merged if key.endswith("weight")} == {f"{path}.weight" for path in adapter.targets}
+    assert any(key.endswith("bias") for key in merged) == (bias and isinstance(variant, lf.IA3))
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(functional_call(model, merged, x), adapter(model, params, x))
+    own = {t.data_ptr() for t in (*model.parameters(), *params.values(), *adapter.frozen.values())}
+    assert not own & {t.data_ptr() for t in merged.values()}
+
+
+def test_dtypes():
+    """Computed in float32, then rounded once, to the dtype of the weight or to the one asked for."""
+    model, adapter, params = adapted(model=mlp().bfloat16(), targets=ALL)
+    key = "0.weight"
+    A, B = params["0.lora_A"], params["0.lora_B"]
+    exact = model[0].weight.float() + adapter.variants["0"].scale * B @ A
+    assert torch.equal(lf.merge(adapter, model, params)[key], exact.bfloat16())
+    assert torch.equal(lf.merge(adapter, model, params, dtype=torch.float32)[key], exact)
+
+
+def test_differentiable():
+    model, adapter, params = adapted(model=mlp(), targets=ALL)
+    grads = torch.func.grad(lambda p: sum(t.square().sum() for t in lf.merge(adapter, model, p).values()))(params)
+    assert all(grad.abs().max() > 0 for grad in grads.values())
+
+
+def test_load_state_dict_takes_it():
+    model, adapter, params = adapted()
+    batch = text_batch()
+    expected = adapter(model, params, batch).logits
+    model.load_state_dict(lf.merge(adapter, model, params), strict=False)
+    torch.testing.assert_close(model(**batch).logits, expected)
+
+
+def test_a_weight_of_two_layers():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    model, adapter, params = adapted(model=model, targets=lf.Targets())
+    with pytest.raises(lf.LoraFuncError, match=r"'0' shares its weight with '1', which merging would change too"):
+        lf.merge(adapter, model, params)
+
+
+def test_another_model():
+    _, adapter, params = adapted()
+    with pytest.raises(lf.LoraFuncError, match=r"q_proj' is \(48, 64\) in this LlamaForCausalLM"):
+        lf.merge(adapter, tiny_llama(hidden_size=64), params)

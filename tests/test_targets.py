@@ -1,0 +1,103 @@
+"""Which layers are found, and what is said when none is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import adapted, mlp, tiny_llama
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+import lora_func as lf
+
+
+def found(model: nn.Module, **fields) -> list[str]:
+    return list(lf.Targets(**fields).find(model))
+
+
+def short(paths: list[str]) -> set[str]:
+    return {path.rsplit(".", 1)[-1] for path in paths}
+
+
+def test_roles():
+    model = tiny_llama()  # hidden 32, attention 48 and 24 wide, mlp 48
+    everything = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert short(found(model)) == everything
+    assert short(found(model, roles=("reader",))) == everything - {"o_proj", "down_proj"}
+    assert short(found(model, roles="writer")) == {"o_proj", "down_proj"}
+    assert short(found(mlp(), roles=())) == {"0", "2", "4"}
+    inner = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)], nn.Linear(5, 3))
+    assert found(inner, roles=("inner",)) == ["3"]
+    assert found(inner) == ["0", "1", "2"]
+
+
+def test_names_exclude_and_layers():
+    model = tiny_llama()
+    assert found(model, names=(r"q_proj$",), layers=[1]) == ["model.layers.1.self_attn.q_proj"]
+    assert found(model, names=r"layers\.0\..*(q|o)_proj", exclude=("o_proj",)) == ["model.layers.0.self_attn.q_proj"]
+    assert len(found(model, layers=range(1))) == 7
+    assert found(model, names=("lm_head",), exclude=()) == ["lm_head"]
+
+
+def test_conv1d():
+    """GPT-2 holds its weights transposed."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32))
+    assert short(found(model)) == {"c_attn", "c_proj", "c_fc"}
+    model, adapter, params = adapted(model=model.eval(), targets=lf.Targets(layers=[0]))
+    ids = torch.randint(64, (2, 7))
+    merged = lf.merge(adapter, model, params)
+    assert merged["transformer.h.0.attn.c_attn.weight"].shape == (32, 96)
+    expected = torch.func.functional_call(model, merged, ids).logits
+    torch.testing.assert_close(adapter(model, params, ids).logits, expected)
+
+
+def test_a_weight_that_is_also_an_embedding():
+    """Left out whatever its name; adapted where asked for by name; never merged."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    model = BertForMaskedLM(BertConfig(vocab_size=64, **sizes)).eval()
+    decoder = "cls.predictions.decoder"
+    assert decoder not in found(model)
+    targets = lf.Targets(names=(decoder,))
+    model, adapter, params = adapted(model=model, targets=targets)
+    assert adapter.targets == (decoder,)
+    ids = torch.randint(64, (2, 7))
+    assert not torch.equal(adapter(model, params, ids).logits, model(ids).logits)
+    with pytest.raises(lf.LoraFuncError, match=rf"'{decoder}' shares its weight with 'bert.embeddings.word_embeddings', which"):
+        lf.merge(adapter, model, params)
+
+
+def test_a_layer_that_its_parent_never_calls():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    assert found(model) == ["linear1", "linear2"]
+    with pytest.raises(lf.LoraFuncError, match=r"'self_attn.out_proj' cannot be adapted: MultiheadAttention uses its weight"):
+        found(model, names=("out_proj",))
+    with pytest.raises(lf.LoraFuncError, match=r"of 'out_proj' the parents use the weight without calling the layer"):
+        found(nn.MultiheadAttention(8, 2))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"names": ("qproj",)},
+            r"'qproj' matches no layer that .* admit. Did you mean 'q_proj'.* Its linear layers are",
+        ),
+        ({"names": (r"q_proj", r"lm_head")}, r"'lm_head' matches no layer that the other fields admit"),
+        (
+            {"roles": ("inner",)},
+            r"matches no layer of Llama.*. Its linear layers are 'model.layers.N.self_attn.q_proj'",
+        ),
+        ({"layers": [7]}, r"layers=frozenset\(\{7\}\).* matches no layer of LlamaForCausalLM"),
+        ({"roles": ("readers",)}, r"unknown role 'readers'; a role is one of 'reader', 'writer', 'inner'"),
+        ({"names": ("(",)}, r"'\(' is not a regular expression"),
+        ({"exclude": (3,)}, r"3 is not a regular expression"),
+    ],
+)
+def test_nothing_found(fields, message):
+    with pytest.raises(lf.LoraFuncError, match=message):
+        found(tiny_llama(), **fields)
+
+
+def test_a_model_without_linear_layers():
+    with pytest.raises(lf.LoraFuncError, match=r"matches no layer of Conv2d. The model has no linear layers"):
+        found(nn.Conv2d(3, 3, 3))

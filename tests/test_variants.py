@@ -1,0 +1,271 @@
+"""What each method claims of itself: bounds, invariances, special cases, and its hyperparameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from cases import CASES, Layer, layers
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import lora_func as lf
+from lora_func.numerics import compact_wy, low_rank_difference, normalised_rows
+from lora_func.variants.dora import row_norms
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+sizes = st.integers(2, 40)
+
+
+def weights(layer: Layer) -> torch.Tensor:
+    return layer.variant.merged(layer.weight, layer.trained)[0]
+
+
+def delta(layer: Layer) -> torch.Tensor:
+    return weights(layer) - layer.weight.matrix
+
+
+def drawn(name: str):
+    return given(layer=layers(CASES[name], sizes=sizes, leads=((5,),)), data=st.data())
+
+
+# LoRA
+
+
+@drawn("lora")
+def test_lora_sees_only_the_product(layer, data):
+    c = data.draw(st.floats(0.1, 10))
+    A, B = layer.trained["A"], layer.trained["B"]
+    torch.testing.assert_close(layer.at({"A": c * A, "B": B / c}), layer.at({}), **CLOSE)
+    assert torch.linalg.matrix_rank(delta(layer)) <= layer.variant.r
+
+
+def test_lora_scales():
+    assert lf.LoRA(r=32, alpha=64).scale == 2.0
+    assert lf.LoRA(r=32, alpha=64, rslora=True).scale == pytest.approx(64 / math.sqrt(32))
+
+
+# PiSSA
+
+
+@drawn("pissa")
+def test_pissa_starts_at_the_principal_part(layer, data):
+    U, S, V = torch.linalg.svd(layer.weight.matrix, full_matrices=False)
+    r = layer.variant.r
+    alpha = data.draw(st.floats(0.5, 64))
+    for variant in (layer.variant, dataclasses.replace(layer.variant, alpha=alpha)):
+        frozen = variant.init(layer.weight, None).frozen
+        torch.testing.assert_close(variant.scale * frozen["B0"] @ frozen["A0"], U[:, :r] * S[:r] @ V[:r], **CLOSE)
+
+
+@drawn("pissa")
+def test_pissa_is_the_difference_of_two_products(layer, data):
+    A, B, A0, B0 = (layer.trained[name] for name in ("A", "B", "A0", "B0"))
+    torch.testing.assert_close(delta(layer), layer.variant.scale * (B @ A - B0 @ A0), **CLOSE)
+    rank_2r = low_rank_difference(A, B, A0, B0)
+    lora = lf.LoRA(r=2 * layer.variant.r, alpha=2 * layer.variant.alpha)
+    exported = lora.apply(layer.x, layer.base(layer.x), layer.weight, dict(zip("AB", rank_2r)))
+    torch.testing.assert_close(exported, layer.at({}), **CLOSE)
+
+
+# DoRA
+
+
+@drawn("dora")
+def test_dora_row_norms(layer, data):
+    """The rows of W_eff have the lengths |m|; the norm without a dense temporary is the dense one."""
+    torch.testing.assert_close(weights(layer).norm(dim=1), layer.trained["m"].abs(), **CLOSE)
+    A, B, s = layer.trained["A"], layer.trained["B"], layer.variant.scale
+    cheap = row_norms(A, B, layer.weight, layer.trained["w2"], s)
+    torch.testing.assert_close(cheap, (layer.weight.matrix + s * B @ A).norm(dim=1), **CLOSE)
+
+
+@drawn("dora")
+def test_dora_cheap_norm_in_float32(layer, data):
+    A, B, s, W = layer.trained["A"].float(), layer.trained["B"].float(), layer.variant.scale, layer.weight.matrix.float()
+    dense = (W.double() + s * B.double() @ A.double()).norm(dim=1)
+    w2 = W.square().sum(1)
+    assume((dense.square() > 1e-2 * (W.norm(dim=1) + s * (B.abs() @ A.abs()).norm(dim=1)).square()).all())
+    torch.testing.assert_close(row_norms(A, B, lf.Weight(W), w2, s).double(), dense, rtol=1e-5, atol=0)
+
+
+def test_dora_survives_a_row_that_cancels():
+    """V_i = 0: the norm is clamped where its dtype resolves nothing, so that nothing becomes infinite."""
+    W, A = torch.eye(3), torch.eye(3)
+    B = torch.diag(torch.tensor([-1.0, 0.5, 0.0]))
+    norms = row_norms(A, B, lf.Weight(W), torch.ones(3), 1.0)
+    assert norms.isfinite().all()
+    assert norms[0] >= 1e-4
+    torch.testing.assert_close(norms[1:], torch.tensor([1.5, 1.0]))
+
+
+@drawn("dora")
+def test_dora_magnitude_alone(layer, data):
+    """With B = 0, out - b = (m / |W_i|)(y0 - b)."""
+    b = 0 if layer.weight.bias is None else layer.weight.bias
+    rho = layer.trained["m"] / layer.weight.matrix.norm(dim=1)
+    out = layer.at({"B": torch.zeros_like(layer.trained["B"])})
+    torch.testing.assert_close(out - b, rho * (layer.base(layer.x) - b), **CLOSE)
+
+
+@drawn("dora")
+def test_dora_gradient_is_that_with_frozen_norms(layer, data):
+    b = 0 if layer.weight.bias is None else layer.weight.bias
+    A, B, s, W = layer.trained["A"], layer.trained["B"], layer.variant.scale, layer.weight.matrix
+    n = (W + s * B @ A).norm(dim=1)
+    target = torch.randn_like(layer.base(layer.x))
+
+    def dense(leaves):
+        V = W + s * leaves["B"] @ leaves["A"]
+        return ((layer.x @ ((leaves["m"] / n)[:, None] * V).mT + b) * target).sum()
+
+    leaves = {name: layer.trained[name] for name in layer.names}
+    given_, expected = (torch.func.grad(f)(leaves) for f in (lambda p: (layer.at(p) * target).sum(), dense))
+    for name in leaves:
+        torch.testing.assert_close(given_[name], expected[name], **CLOSE)
+
+
+# DeLoRA
+
+
+@drawn("delora")
+def test_delora_bound(layer, data):
+    """|dW|_F <= |lam| max wn, whatever the size of A and B."""
+    c = data.draw(st.floats(0.01, 1e4))
+    trained = {**layer.trained, "A": c * layer.trained["A"], "B": c * layer.trained["B"]}
+    W = layer.variant.merged(layer.weight, trained)[0]
+    assert (W - layer.weight.matrix).norm() <= trained["lam"].abs() * trained["wn"].max() * (1 + 1e-9)
+    torch.testing.assert_close(trained["wn"], layer.weight.matrix.norm(dim=0), **CLOSE)
+
+
+@drawn("delora")
+def test_delora_invariances(layer, data):
+    A, B, lam = (layer.trained[name] for name in ("A", "B", "lam"))
+    assume((A.norm(dim=1) > 1e-3).all() and (B.norm(dim=0) > 1e-3).all())
+    c = 0.5 + torch.rand(layer.variant.r, dtype=torch.float64)
+    torch.testing.assert_close(layer.at({"A": c[:, None] * A, "B": B * c}), layer.at({}), **CLOSE)
+    torch.testing.assert_close(layer.at({"A": -A, "B": -B}), layer.at({}), **CLOSE)
+    base = layer.base(layer.x)
+    torch.testing.assert_close(layer.at({"lam": 3 * lam}) - base, 3 * (layer.at({}) - base), **CLOSE)
+    grads = torch.func.grad(lambda p: layer.at(p).square().sum())({"A": A, "B": B})
+    size = layer.at({}).square().sum()
+    assert ((grads["A"] * A).sum(1).abs() <= 1e-9 * size).all()
+    assert ((grads["B"] * B).sum(0).abs() <= 1e-9 * size).all()
+
+
+def test_delora_init_is_a_name_and_a_method():
+    variant = lf.DeLoRA(init="paper")
+    assert variant.init == "paper"
+    assert variant.init(lf.Weight(torch.randn(3, 4)), None).frozen.keys() == {"wn", "A0", "B0"}
+    assert variant == dataclasses.replace(lf.DeLoRA(), init="paper")
+    assert hash(variant) == hash(lf.DeLoRA(init="paper"))
+    assert repr(variant) == "DeLoRA(r=8, lambda0=15.0, init='paper')"
+
+
+# IA3
+
+
+@drawn("ia3")
+def test_ia3_gates(layer, data):
+    """Gates compose by multiplication; a gate of 0 switches the output off, bias included."""
+    y, d = layer.base(layer.x), layer.trained["d"]
+    twice = layer.variant.apply(layer.x, layer.at({}), layer.weight, {"d": d})
+    torch.testing.assert_close(twice, layer.at({"d": (1 + d) ** 2 - 1}), **CLOSE)
+    assert torch.equal(layer.at({"d": -torch.ones_like(d)}), torch.zeros_like(y))
+
+
+@drawn("ia3ff")
+def test_ia3ff_gates(layer, data):
+    d = layer.trained["d"]
+    off = layer.at({"d": -torch.ones_like(d)})
+    bias = torch.zeros(off.shape[-1], dtype=off.dtype) if layer.weight.bias is None else layer.weight.bias
+    torch.testing.assert_close(off, bias.expand_as(off), **CLOSE)
+
+
+# HRA
+
+
+@drawn("hra")
+def test_hra_is_a_rotation(layer, data):
+    """R is orthogonal with determinant (-1)^r = 1: norms of x and singular values of W stay."""
+    U, x = layer.trained["U"], layer.x
+    unit, K = compact_wy(U)
+    eye = torch.eye(U.shape[1], dtype=U.dtype)
+    R = eye - unit.mT @ K  # x Rᵀ for rows, so this is Rᵀ
+    torch.testing.assert_close(R @ R.mT, eye, **CLOSE)
+    torch.testing.assert_close(torch.linalg.det(R), torch.ones((), dtype=U.dtype), **CLOSE)
+    torch.testing.assert_close(layer.variant.transform_input(x, layer.trained).norm(dim=-1), x.norm(dim=-1), **CLOSE)
+    singular = torch.linalg.svdvals
+    torch.testing.assert_close(singular(weights(layer)), singular(layer.weight.matrix), **CLOSE)
+
+
+@drawn("hra")
+def test_hra_is_the_product_of_reflections(layer, data):
+    U = layer.trained["U"]
+    R = torch.eye(U.shape[1], dtype=U.dtype)
+    for u in U:
+        R = R - 2 * R @ torch.outer(u, u) / u.square().sum()  # R H_j
+    torch.testing.assert_close(layer.variant.transform_input(layer.x, layer.trained), layer.x @ R.mT, **CLOSE)
+    torch.testing.assert_close(weights(layer), layer.weight.matrix @ R, **CLOSE)
+
+
+@drawn("hra")
+def test_hra_sees_only_directions(layer, data):
+    c = data.draw(st.floats(0.1, 10)) * data.draw(st.sampled_from((-1, 1)))
+    torch.testing.assert_close(layer.at({"U": c * layer.trained["U"]}), layer.at({}), **CLOSE)
+
+
+def test_hra_init_norm():
+    weight = lf.Weight(torch.zeros(5, 48))
+    norms = lf.HRA(r=8).init(weight, None).trainable["U"].norm(dim=1)
+    torch.testing.assert_close(norms, torch.full((8,), math.sqrt(2 * 48 / (3 * 8))))
+    norms = lf.HRA(r=8, init_norm=0.5).init(weight, None).trainable["U"].norm(dim=1)
+    torch.testing.assert_close(norms, torch.full((8,), 0.5))
+
+
+def test_hra_survives_a_zero_vector():
+    U = torch.randn(4, 6)
+    U[1] = 0
+    out, grad = torch.func.vjp(lambda U: lf.HRA(r=4).transform_input(torch.ones(2, 6), {"U": U}), U)
+    assert out.isfinite().all()
+    assert grad(torch.ones(2, 6))[0].isfinite().all()
+    assert torch.equal(normalised_rows(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+# hyperparameters
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: lf.LoRA(r=0), r"LoRA\(r=0\): r must be an integer of at least 1"),
+        (lambda: lf.LoRA(r=2.0), r"LoRA\(r=2.0\): r must be an integer"),
+        (lambda: lf.LoRA(r=True), r"LoRA\(r=True\): r must be an integer"),
+        (lambda: lf.LoRA(alpha=0), r"LoRA\(alpha=0\): alpha must be a finite number above 0"),
+        (lambda: lf.LoRA(alpha=float("nan")), "alpha must be a finite number above 0"),
+        (lambda: lf.LoRA(alpha="16"), r"LoRA\(alpha='16'\): alpha must be a finite number"),
+        (lambda: lf.LoRA(rslora=1), r"LoRA\(rslora=1\): rslora must be False or True"),
+        (lambda: lf.PiSSA(r=-1), r"PiSSA\(r=-1\): r must be"),
+        (lambda: lf.DoRA(detach_norm="no"), "detach_norm must be False or True"),
+        (lambda: lf.DeLoRA(lambda0=0.0), r"DeLoRA\(lambda0=0.0\): lambda0 must be a finite number above 0"),
+        (lambda: lf.DeLoRA(init="pissa"), r"DeLoRA\(init='pissa'\): init must be 'peft' or 'paper'"),
+        (lambda: lf.DeLoRA(init=3), r"DeLoRA\(init=3\): init must be 'peft' or 'paper'"),
+        (lambda: lf.HRA(r=7), r"HRA\(r=7\): r must be even, such as 8"),
+        (lambda: lf.HRA(init_norm=-1.0), "init_norm must be a finite number above 0"),
+    ],
+)
+def test_hyperparameters_are_checked(make, message):
+    with pytest.raises(lf.LoraFuncError, match=message):
+        make()
+
+
+def test_rank_above_what_the_layer_allows():
+    with pytest.raises(lf.LoraFuncError, match=r"PiSSA\(r=8\) on a layer of shape \(16, 4\): r must be at most 4 there"):
+        lf.PiSSA(r=8).init(lf.Weight(torch.randn(16, 4)), None)
+
+
+def test_params_are_trainable_or_frozen():
+    with pytest.raises(lf.LoraFuncError, match=r"either trainable or frozen, but \['A'\] are both"):
+        lf.Params({"A": torch.zeros(1)}, {"A": torch.zeros(1)})
