@@ -5,6 +5,7 @@ from .errors import LoraFuncError
 from .grad import value_and_grad
 from .io import load, save
 from .merge import merge
+from .probe import Probe, probe
 from .targets import Targets
 from .variant import Params, Variant, Weight
 from .variants import HRA, IA3, IA3FF, VARIANTS, DeLoRA, DoRA, LoRA, PiSSA
@@ -22,6 +23,7 @@ __all__ = [
     "LoraFuncError",
     "Params",
     "PiSSA",
+    "Probe",
     "Targets",
     "Variant",
     "Weight",
@@ -30,6 +32,7 @@ __all__ = [
     "bind",
     "load",
     "merge",
+    "probe",
     "save",
     "value_and_grad",
 ]

@@ -196,6 +196,10 @@ class Adapter:
         site = next(site for site in self._sites if site.path == path)
         return {name: params[key] for name, key in site.keys.items()} | site.frozen
 
+    def keys_of(self, path: str) -> tuple[str, ...]:
+        """The flat keys of the trainable leaves that the layer at `path` uses."""
+        return tuple(next(site for site in self._sites if site.path == path).keys.values())
+
     def remember(self, model: nn.Module) -> None:
         """Lets torch.compile trace a call on `model`, for as long as the model lives.
 

@@ -1,0 +1,132 @@
+"""`probe`: the evidence that an adapter is alive, for when training does not move, or before a long run starts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .adapt import Adapter, call_arguments
+from .errors import LoraFuncError
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What `probe` found. Printed, it is a table."""
+
+    targets: int  # adapted layers
+    trainable: int  # trainable parameters
+    difference: float  # largest |adapted - base| over the outputs: the identity error, where the parameters are at init
+    perturbation: float  # largest change of the outputs when every parameter moves
+    loss: float  # the output's `loss`, else the mean square of the outputs
+    gradient_norm: float  # of the loss, over all parameters
+    live: dict[str, float]  # path of a layer -> gradient norm of its parameters, once they have moved
+    dead: tuple[str, ...]  # flat keys of leaves without a gradient, also once they have moved
+    base_unchanged: bool  # whether the model holds the same bits as before
+
+    @property
+    def inert(self) -> tuple[str, ...]:
+        """The layers whose parameters do not reach the output: never called, bypassed, or cut off from the loss."""
+        return tuple(path for path, norm in self.live.items() if norm == 0)
+
+    def __str__(self) -> str:
+        rows = {
+            "targets": f"{self.targets}",
+            "live": f"{self.targets - len(self.inert)} of {self.targets}",
+            "trainable parameters": f"{self.trainable:,}",
+            "difference to the base": f"{self.difference:.3g}",
+            "change when moved": f"{self.perturbation:.3g}",
+            "loss": f"{self.loss:.4g}",
+            "gradient norm": f"{self.gradient_norm:.4g}",
+            "dead leaves": f"{len(self.dead)}",
+            "base unchanged": "yes" if self.base_unchanged else "NO",
+        }
+        width = max(len(name) for name in rows)
+        lines = [f"{name:<{width}}  {value}" for name, value in rows.items()]
+        lines += [f"inert: {path}" for path in self.inert]
+        lines += [f"dead:  {key}" for key in self.dead]
+        return "\n".join(lines)
+
+
+def probe(
+    adapter: Adapter,
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    batch: Any,
+    *,
+    noise: float = 1e-2,
+    generator: torch.Generator | None = None,
+) -> Probe:
+    """Runs the model three times and the gradient twice, and reports what reaches what.
+
+    Args:
+        noise: by how much the parameters move for the perturbation: noise times N(0, 1) for each entry.
+        generator: where that is drawn from; None is a fresh one, so that a probe repeats itself.
+
+    Raises what calling the adapter raises, and LoraFuncError for a model without floating outputs.
+    """
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    before = state_hash(model)
+    args, kwargs = call_arguments(batch)
+    with torch.no_grad():
+        base = floating(model(*args, **kwargs))
+    start = {key: leaf.detach().clone().requires_grad_() for key, leaf in params.items()}
+    moved = {key: (leaf + noise * noise_like(leaf, generator)).detach().requires_grad_() for key, leaf in start.items()}
+    out, loss, grads = run(adapter, model, start, batch)
+    out_moved, _, grads_moved = run(adapter, model, moved, batch)
+    norms = {key: grad.norm().item() for key, grad in grads_moved.items()}
+    layers = {path: adapter.keys_of(path) for path in adapter.targets}
+    return Probe(
+        targets=len(adapter.targets),
+        trainable=sum(shape.numel() for shape in adapter.shapes.values()),
+        difference=largest(out, base),
+        perturbation=largest(out_moved, out),
+        loss=loss.item(),
+        gradient_norm=sum(grad.float().square().sum().item() for grad in grads.values()) ** 0.5,
+        live={path: sum(norms[key] ** 2 for key in keys) ** 0.5 for path, keys in layers.items()},
+        dead=tuple(key for key, norm in norms.items() if norm == 0),
+        base_unchanged=state_hash(model) == before,
+    )
+
+
+def run(
+    adapter: Adapter, model: nn.Module, leaves: dict[str, Tensor], batch: Any
+) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+    """Outputs, loss and gradients at `leaves`."""
+    with torch.enable_grad():
+        output = adapter(model, leaves, batch)
+        outputs = floating(output)
+        loss = getattr(output, "loss", None)
+        if loss is None:
+            loss = torch.stack([t.float().square().mean() for t in outputs]).sum()
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return [t.detach() for t in outputs], loss.detach(), dict(zip(leaves, grads))
+
+
+def floating(output: Any) -> list[Tensor]:
+    """The floating tensors in what a model returned. Raises LoraFuncError where there are none."""
+    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    if not tensors:
+        raise LoraFuncError(f"the model returned {type(output).__name__} without a floating tensor: nothing to probe")
+    return tensors
+
+
+def largest(given: list[Tensor], expected: list[Tensor]) -> float:
+    return max((a.float() - b.float()).abs().max().item() if a.numel() else 0.0 for a, b in zip(given, expected))
+
+
+def noise_like(leaf: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(leaf.shape, generator=generator, device=generator.device).to(leaf)
+
+
+def state_hash(model: nn.Module) -> str:
+    """A hash of all parameters and buffers of a model, computed where they are."""
+    digest = hashlib.sha256()
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {tuple(t.shape)} {t.dtype} {torch.hash_tensor(t.detach()).item()};".encode())
+    return digest.hexdigest()[:16]

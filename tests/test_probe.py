@@ -1,0 +1,79 @@
+"""`probe` tells a live adapter from one that reaches nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES
+from models import adapted, mlp, state_of, text_batch, tiny_llama
+from torch import nn
+
+import lora_func as lf
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_a_live_adapter(case):
+    model, batch = tiny_llama(), text_batch()
+    variant = case.make(**({} if case.ranks(32, 24) is None else {"r": 4}))
+    adapter, params = lf.adapt(model, variant)
+    before = state_of(model)
+    found = lf.probe(adapter, model, params, batch)
+    assert state_of(model) == before
+    assert found.base_unchanged
+    assert (found.targets, found.trainable) == (14, sum(leaf.numel() for leaf in params.values()))
+    assert found.difference <= (1e-5 if isinstance(variant, lf.HRA) else 0)
+    assert found.perturbation > 1e-4
+    assert found.gradient_norm > 0
+    assert found.loss == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+    assert found.live.keys() == set(adapter.targets)
+    assert not found.inert
+    assert not found.dead
+    assert lf.probe(adapter, model, params, batch) == found
+
+
+class Bypassing(nn.Module):
+    """Uses the weight of a layer without calling it, and drops the output of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.bypassed, self.dropped = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        self.dropped(x)
+        return self.called(F.linear(x, self.bypassed.weight, self.bypassed.bias))
+
+
+def test_inert_layers_are_named():
+    model, adapter, params = adapted(model=Bypassing(), targets=lf.Targets())
+    found = lf.probe(adapter, model, params, torch.randn(3, 4))
+    assert found.inert == ("bypassed", "dropped")
+    assert found.dead == tuple(key for key in params if not key.startswith("called"))
+    text = str(found)
+    assert "1 of 3" in text
+    assert "inert: bypassed" in text
+    assert "dead:  dropped.lora_B" in text
+
+
+def test_no_output_to_probe():
+    class Counts(nn.Sequential):
+        def forward(self, x):
+            return (super().forward(x) > 0).sum()
+
+    model, adapter, params = adapted(model=Counts(nn.Linear(4, 4)), targets=lf.Targets())
+    with pytest.raises(lf.LoraFuncError, match="the model returned Tensor without a floating tensor: nothing to probe"):
+        lf.probe(adapter, model, params, torch.randn(3, 4))
+
+
+def test_printed():
+    model, adapter, params = adapted(lf.IA3(), mlp(), targets=lf.Targets(roles=()))
+    params = {key: torch.zeros_like(leaf) for key, leaf in params.items()}
+    text = str(lf.probe(adapter, model, params, torch.ones(2, 6)))
+    assert text.splitlines()[:5] == [
+        "targets                 3",
+        "live                    3 of 3",
+        "trainable parameters    36",
+        "difference to the base  0",
+        text.splitlines()[4],
+    ]
+    assert text.endswith("base unchanged          yes")
