@@ -1,0 +1,114 @@
+"""What all measurements share: where they ran, and how contenders are timed side by side."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def where() -> dict[str, str]:
+    """Device, versions and commit, to stand in every result file."""
+    packages = ("torch", "transformers", "peft", "bitsandbytes")
+    found = {name: version for name in packages if (version := version_of(name))}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return {"device": device, "commit": commit(), "python": platform.python_version(), **found}
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str:
+    """Of the working tree; a machine that has only a copy of it is told by LORA_FUNC_COMMIT."""
+    if given := os.environ.get("LORA_FUNC_COMMIT"):
+        return given
+    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return run.stdout.strip() or "unknown"
+
+
+def write(name: str, rows: Any, **about: Any) -> Path:
+    """`bench/results/<name>-<cpu or the GPU>.json`, or in the folder OUT where that is set."""
+    kind = torch.cuda.get_device_name().split()[1].lower() if torch.cuda.is_available() else "cpu"
+    folder = Path(os.environ.get("OUT", RESULTS))
+    path = folder / f"{name}-{kind}.json"
+    path.write_text(json.dumps({"where": where(), **about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+    return path
+
+
+def qwen3(layers: int, device: str, dtype: torch.dtype, **changes: Any) -> Qwen3ForCausalLM:
+    """A randomly initialised model of the shape of Qwen3-0.6B, frozen, with fewer layers where asked."""
+    sizes = {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    }
+    config = Qwen3Config(vocab_size=151936, num_hidden_layers=layers, tie_word_embeddings=True, **{**sizes, **changes})
+    torch.manual_seed(0)
+    with torch.device(device):
+        return Qwen3ForCausalLM(config).to(dtype).eval().requires_grad_(False)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, one after the other in every round, so that a busy machine is fair to all."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(warmup + rounds):
+        for name, run in contenders.items():
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            if turn >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: Mapping[str, list[float]], of: str, to: str) -> float:
+    """Median over the rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(times[of], times[to]))
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """CUDA: the peak beyond what was allocated before. CPU: the bytes that autograd saves, each storage once."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    storages: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if not isinstance(t, nn.Parameter):
+            storages[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return sum(size for size, _ in storages.values())

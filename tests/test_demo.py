@@ -1,0 +1,121 @@
+"""The demo: its data, its command line, and a short run on the real model that it embeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+import tyro
+
+import lora_func as lf
+from lora_func.demo import data
+from lora_func.demo.__main__ import SETTINGS, Demo, encode, main
+
+
+def test_any_variant_of_the_catalogue():
+    assert SETTINGS.keys() == lf.VARIANTS.keys()
+
+
+def test_every_option_is_explained(capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(Demo, args=["--help"], console_outputs=True)
+    text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    for field in dataclasses.fields(Demo):
+        option = re.search(rf"--{field.name.replace('_', '-')} (.*?)(?= --|$)", text)
+        assert option is not None
+        assert re.search(r"\w+ \w+.*\.", option[1])  # a sentence, and not the name alone
+
+
+def test_word_problems_are_right_and_repeat():
+    """Every equation in an answer holds, the last result is the answer, and the seed decides."""
+    problems = data.word_problems(200, seed=3)
+    assert problems == data.word_problems(200, seed=3)
+    assert problems != data.word_problems(200, seed=4)
+    assert len({problem.question for problem in problems}) > 150
+    for problem in problems:
+        equations = re.findall(r"(\d+) ([*+-]) (\d+) = \$?(-?\d+)", problem.answer)
+        assert equations
+        for a, sign, b, result in equations:
+            assert {"*": int(a) * int(b), "+": int(a) + int(b), "-": int(a) - int(b)}[sign] == int(result)
+        assert problem.answer.endswith(f"#### {equations[-1][-1]}")
+        assert int(equations[-1][-1]) >= 0
+
+
+def test_examples_from_a_folder(tmp_path):
+    lines = [json.dumps({"question": f"q{i}", "answer": f"a{i}"}) for i in range(10)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    train, held_out, source = data.find_examples(tmp_path, 20, 3, seed=0)
+    assert {example.question for example in train} == {f"q{i}" for i in range(7)}
+    assert [example.answer for example in held_out] == ["a7", "a8", "a9"]
+    assert source == str(tmp_path)
+    (tmp_path / "test.jsonl").write_text(lines[0])
+    assert len(data.find_examples(tmp_path, 20, 3, seed=0)[0]) == 10
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no file '.*train.jsonl'; expected JSON lines with 'question' and 'answer'"),
+        ('{"question": "q", "answer": "a"}\nnope', r"train.jsonl:2: expected an object with 'question' and 'answer'"),
+        ('{"question": "q"}', r"train.jsonl:1: expected an object"),
+        ("", "too few examples to train on and to hold 2 out"),
+    ],
+)
+def test_bad_data(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "train.jsonl").write_text(content)
+    with pytest.raises(lf.LoraFuncError, match=message):
+        data.find_examples(tmp_path, 4, 2, seed=0)
+
+
+def test_without_a_folder_and_without_the_hub(monkeypatch, capsys):
+    """It says that the hub did not answer, and why, and makes its own."""
+
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(data.HfApi, "dataset_info", no_network)
+    train, held_out, source = data.find_examples(None, 6, 2, seed=0)
+    assert (len(train), len(held_out)) == (6, 2)
+    assert "word problems made by lora_func (the hub did not answer; --data takes a folder" in source
+    assert "the hub did not answer (OSError: no network)" in capsys.readouterr().out
+
+
+def test_the_loss_is_on_the_answers():
+    class Characters:
+        eos_token_id = 1
+
+        def __call__(self, text, add_special_tokens=True):
+            return type("Encoding", (), {"input_ids": [ord(c) for c in text]})
+
+    examples = [data.Example("2+2?", "4"), data.Example("and a longer one?", "yes")]
+    batch = encode(Characters(), examples, length=37)
+    assert batch["input_ids"].shape == (2, 37)
+    text = ["".join(chr(i) for i in row[row != -100].tolist()) for row in batch["labels"]]
+    assert text == ["4\x01", "y"]  # the second is cut
+    assert torch.equal(batch["attention_mask"].sum(1), torch.tensor([25, 37]))
+
+
+def test_a_short_run_on_the_real_model(tmp_path, capsys):
+    """SmolLM2-135M-Instruct, three steps: everything that the long run writes, and a base that stays the same."""
+    problems = [json.dumps(dataclasses.asdict(problem)) for problem in data.word_problems(40, seed=0)]
+    (tmp_path / "train.jsonl").write_text("\n".join(problems))
+    out = tmp_path / "out"
+    demo = Demo(variant="dora", steps=3, batch_size=2, length=96, held_out=2, data=tmp_path, device="cpu", out=out)
+    result = main(demo)
+    assert result == json.loads((out / "result.json").read_text())
+    assert result["base unchanged"] is True
+    assert result["identity error"] == result["reload error"] == 0
+    assert (result["targets"], result["trainable"]) == (60, 30 * (8 * (576 + 576) + 576 + 8 * (576 + 192) + 192))
+    assert result["loss after"] < result["loss before"]
+    assert len(result["losses"]) == 3
+    assert result["completion before"]
+    assert {file.name for file in out.iterdir()} == {"adapter.safetensors", "loss.png", "report.md", "result.json"}
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    report = (out / "report.md").read_text()
+    assert "| base unchanged      | True" in report
+    assert result["question"] in report
+    assert "loss after" in capsys.readouterr().out
