@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -43,14 +44,13 @@ def kaiming(rows: int, cols: int, generator: torch.Generator | None) -> Tensor:
 def low_rank_update(base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     """`base + scale (x Aᵀ) Bᵀ` for `base [.., o]`, `x [.., i]`, `A [r, i]`, `B [o, r]`, in the shape and dtype of `base`.
 
-    A and B are cast to the dtype of the compute, x is not; BA is never formed. The scale and the sum ride in the epilogue of
-    the second product, which saves two kernels and an [.., o] temporary. Kept for backward: x and the [.., r] intermediate.
+    A and B are cast to the dtype of the compute, x is not; BA is never formed. Kept for backward: x and the [.., r]
+    intermediate. The scale rides on the sum, which costs no kernel of its own in the forward. (`addmm` would fuse the sum
+    into the product, but it copies `base` first, and in eager mode its two reshapes cost more than the kernel that it saves.)
     """
     h = F.linear(x, A.to(x.dtype))  # [.., r]
-    if h.dtype != base.dtype:  # a layer whose output has not the dtype of the compute, under autocast for one
-        return base + (F.linear(h, B.to(h.dtype)) * scale).to(base.dtype)
-    rows = base.reshape(-1, base.shape[-1])
-    return torch.addmm(rows, h.reshape(-1, h.shape[-1]), B.to(h.dtype).mT, alpha=scale).reshape(base.shape)
+    delta = F.linear(h, B.to(h.dtype))  # [.., o]
+    return torch.add(base, delta.to(base.dtype), alpha=scale)
 
 
 def low_rank_difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,21 +64,19 @@ def low_rank_difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[T
 
 
 @full_precision
-def compact_wy(U: Tensor) -> tuple[Tensor, Tensor]:
-    """The product of Householder reflections `R = H_0 H_1 .. H_{r-1}`, `H_j = I - 2 û_j û_jᵀ`, as a low-rank update.
+def compact_wy(U: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """The product of Householder reflections `R = H_0 H_1 .. H_{r-1}`, `H_j = I - 2 u_j u_jᵀ / |u_j|²`, as a low-rank update.
 
-    `U [r, d]` holds the vectors as rows, of any length but zero. Returns `(Û, K)`, each `[r, d]` and at least float32, with
-    `x Rᵀ = x - (x Ûᵀ) K`. Compact WY form, Joffrain et al. 2006 (doi 10.1145/1141885.1141886): R = I - Ûᵀ T Û with
-    T = (I/2 + striu(Û Ûᵀ))⁻¹, hence K = Tᵀ Û is one triangular solve.
+    `U [r, d]` holds the vectors as rows, of any length (clamped at `eps`, so that a zero row reflects nothing and has no NaN
+    gradient). Returns `(V, K)`, each `[r, d]` and at least float32, with `x Rᵀ = x - (x Vᵀ) K`.
+
+    Compact WY form (Joffrain et al. 2006, doi 10.1145/1141885.1141886): R = I - Ûᵀ T Û with T⁻¹ = I/2 + striu(Û Ûᵀ). For
+    V = sqrt(2) Û that is R = I - Vᵀ (I + striu(V Vᵀ))⁻¹ V, so K = (I + stril(V Vᵀ))⁻¹ V is one solve, which reads of V Vᵀ
+    nothing but what lies below the diagonal.
     """
-    unit = normalised_rows(at_least_float32(U))
-    T_inverse = 0.5 * torch.eye(unit.shape[-2], dtype=unit.dtype, device=unit.device) + (unit @ unit.mT).triu(1)
-    return unit, torch.linalg.solve_triangular(T_inverse.mT, unit, upper=False)
-
-
-def normalised_rows(U: Tensor, eps: float = 1e-12) -> Tensor:
-    """Rows divided by their norms, whose squares are clamped at `eps`: a zero row stays zero and has no NaN gradient."""
-    return U / U.square().sum(-1, keepdim=True).clamp(min=eps).sqrt()
+    V = at_least_float32(U)
+    V = V * (math.sqrt(2) / V.norm(dim=-1, keepdim=True).clamp(min=eps))
+    return V, torch.linalg.solve_triangular(V @ V.mT, V, upper=False, unitriangular=True)
 
 
 def top_svd(weight: Weight, r: int, owner: str) -> tuple[Tensor, Tensor, Tensor]:

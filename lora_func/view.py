@@ -24,7 +24,7 @@ from .variant import Variant
 from .weight import weight_of
 
 MODULE_STATE = frozenset(nn.Module().__dict__)  # what every module has; shared or replaced as a whole, never searched
-PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
+PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})  # types that refer to nothing
 
 
 def make_view(
@@ -39,46 +39,56 @@ def make_view(
     user may call `eval()` on the result. `attributes` returns the `__dict__` of a module (see `Adapter.remember`).
     Returns the copy, and the paths of `replace` that the model does not have.
     """
-    new: dict[int, Any] = {}  # id of an original module or parameter -> what stands for it in the view
-    copies: list[tuple[nn.Module, nn.Module]] = []
-    missing = dict.fromkeys(replace)
+    structure = Structure(replace, whole)
+    view = structure.visit(model, "")
+    new = structure.new
+    for module, copy, own in structure.copies:
+        standing_in = new[id(module)]
+        new[id(module)] = copy  # what a replaced layer says of itself means its copy; what others say means the replacement
+        for name, value in attributes(module).items():
+            searched = name not in MODULE_STATE and type(value) not in PLAIN
+            copy.__dict__[name] = rebound(value, new) if searched else value
+        for name, value in own.items():
+            copy.__dict__[name] = value
+        new[id(module)] = standing_in
+    return view, list(structure.missing)
 
-    def visit(module: nn.Module, path: str) -> nn.Module:
-        if id(module) in new:
-            return new[id(module)]
+
+class Structure:
+    """The first pass of `make_view`: which modules are copied. The copies are empty still."""
+
+    def __init__(self, replace: Mapping[str, Callable[[nn.Module], nn.Module]], whole: bool):
+        self.replace = replace
+        self.whole = whole
+        self.missing = dict.fromkeys(replace)
+        self.copies: list[tuple[nn.Module, nn.Module, dict[str, Any]]] = []  # original, copy, attributes of the copy alone
+        self.new: dict[int, Any] = {}  # id of an original module or parameter -> what stands for it in the view
+
+    def visit(self, module: nn.Module, path: str) -> nn.Module:
+        """What stands for `module` in the view."""
+        if id(module) in self.new:
+            return self.new[id(module)]
         children, detached = {}, {}
         for name, child in module._modules.items():
             if child is not None:
-                standing_in = visit(child, f"{path}.{name}" if path else name)
+                standing_in = self.visit(child, f"{path}.{name}" if path else name)
                 if standing_in is not child:
                     children[name] = standing_in
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:
-                detached[name] = new[id(parameter)] = parameter.detach()
-        result = module
-        if whole or children or detached:
-            result = object.__new__(type(module))
-            for name, value in attributes(module).items():
-                result.__dict__[name] = value
-            result.__dict__["_modules"] = {**module._modules, **children}
+                detached[name] = self.new[id(parameter)] = parameter.detach()
+        standing_in = module
+        if self.whole or children or detached:
+            standing_in = object.__new__(type(module))
+            own = {"_modules": {**module._modules, **children}}
             if detached:
-                result.__dict__["_parameters"] = {**module._parameters, **detached}
-            copies.append((module, result))
-        if path in missing:
-            del missing[path]
-            result = replace[path](result)
-        new[id(module)] = result
-        return result
-
-    view = visit(model, "")
-    for module, copy in copies:
-        standing_for = new[id(module)]
-        new[id(module)] = copy  # what a replaced layer says of itself means its copy; what others say means the replacement
-        for name, value in attributes(module).items():
-            if name not in MODULE_STATE:
-                copy.__dict__[name] = rebound(value, new)
-        new[id(module)] = standing_for
-    return view, list(missing)
+                own["_parameters"] = {**module._parameters, **detached}
+            self.copies.append((module, standing_in, own))
+        if path in self.missing:
+            del self.missing[path]
+            standing_in = self.replace[path](standing_in)
+        self.new[id(module)] = standing_in
+        return standing_in
 
 
 def rebound(value: Any, new: Mapping[int, Any]) -> Any:
@@ -99,8 +109,6 @@ def rebound(value: Any, new: Mapping[int, Any]) -> Any:
 
 def rebound_item(value: Any, new: Mapping[int, Any]) -> Any:
     kind = type(value)
-    if kind in PLAIN:
-        return value
     if kind is types.MethodType:
         owner = rebound_item(value.__self__, new)
         return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
@@ -108,7 +116,7 @@ def rebound_item(value: Any, new: Mapping[int, Any]) -> Any:
         function, args, kwargs = rebound_item(value.func, new), rebound(value.args, new), rebound(value.keywords, new)
         same = function is value.func and args is value.args and kwargs is value.keywords
         return value if same else functools.partial(function, *args, **kwargs)
-    if isinstance(value, (nn.Module, Tensor)):
+    if issubclass(kind, (nn.Module, Tensor)):  # of the type: isinstance would ask objects with a __getattribute__ of their own
         return new.get(id(value), value)
     return value
 

@@ -44,8 +44,9 @@ class Conv1DWeight(LinearWeight):
 
 def kind_of(module: nn.Module) -> type[LinearWeight] | None:
     """The kind of linear map that `module` is, told by its structure, or None."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
+    if type(module) is nn.Linear:
+        return LinearWeight
+    if not isinstance(getattr(module, "weight", None), Tensor):
         return None
     if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
         return LinearWeight

@@ -26,6 +26,8 @@ import torch
 from ..numerics import at_least_float32, full_precision, kaiming, low_rank_update
 from ..variant import Params, Variant, check_choice, check_positive, check_rank
 
+TINY = 1e-30  # of the squared norm of a row, so that a row of zeros has a norm to divide by
+
 
 @dataclass(frozen=True, kw_only=True)
 class DoRA(Variant):
@@ -46,39 +48,34 @@ class DoRA(Variant):
 
     def init(self, weight, generator, stats=None):
         d_out, d_in = weight.shape
-        w2 = at_least_float32(weight.dense()).square().sum(1)  # [d_out]
-        m = root(w2, w2)
-        return Params({"A": kaiming(self.r, d_in, generator), "B": torch.zeros(d_out, self.r), "m": m}, frozen={"w2": w2})
+        w2 = at_least_float32(weight.dense()).square().sum(1).clamp(min=TINY)  # [d_out]
+        trainable = {"A": kaiming(self.r, d_in, generator), "B": torch.zeros(d_out, self.r), "m": w2.sqrt()}
+        return Params(trainable, frozen={"w2": w2})
 
-    def gain(self, weight, params):
-        """ρ = m / n, `[d_out]`."""
-        A, B = params["A"], params["B"]
+    def gain(self, weight, A, B, params):
+        """ρ = m / n, `[d_out]`, in the dtype of m: rounding n to it keeps ρ = 1 at init for parameters of any dtype."""
         if self.detach_norm:
             A, B = A.detach(), B.detach()
-        # rounding n to the dtype of m keeps ρ = 1 at init for parameters of any dtype
         return params["m"] / row_norms(A, B, weight, params["w2"], self.scale).to(params["m"].dtype)
 
     def apply(self, x, base_out, weight, params):
-        rho = self.gain(weight, params)
+        A, B = params["A"].to(x.dtype), params["B"]
+        rho = self.gain(weight, A, B, params)
         centred = base_out if weight.bias is None else base_out - weight.bias.to(base_out.dtype)
         scaled = torch.addcmul(base_out, centred, (rho - 1).to(base_out.dtype))  # base_out + (ρ - 1)(base_out - b)
-        return low_rank_update(scaled, x, params["A"], rho[:, None] * params["B"], self.scale)
+        return low_rank_update(scaled, x, A, rho[:, None] * B, self.scale)
 
     def merged(self, weight, params):
         # ρ (W + s B A)
-        V = at_least_float32(weight.dense()) + self.scale * params["B"] @ params["A"]
-        return self.gain(weight, params)[:, None] * V, weight.bias
+        A, B = params["A"], params["B"]
+        V = at_least_float32(weight.dense()) + self.scale * B @ A
+        return self.gain(weight, A, B, params)[:, None] * V, weight.bias
 
 
 @full_precision
-def row_norms(A, B, weight, w2, scale):
-    """|W + scale B A| for each row, `[d_out]`, from `A [r, d_in]`, `B [d_out, r]` and the squared row norms `w2` of W."""
+def row_norms(A, B, weight, w2, s):
+    """|W + s B A| for each row, `[d_out]`, from `A [r, d_in]`, `B [d_out, r]` and the squared row norms `w2` of W."""
+    C = weight(A).to(w2.dtype).mT  # W Aᵀ [d_out, r]
     A, B = A.to(w2.dtype), B.to(w2.dtype)
-    C = weight(A).mT  # W Aᵀ [d_out, r]
-    return root(w2 + 2 * scale * (C * B).sum(-1) + scale**2 * (B @ (A @ A.mT) * B).sum(-1), w2)
-
-
-def root(n2, w2):
-    """sqrt of squared norms, clamped at what their dtype resolves next to `w2`."""
-    info = torch.finfo(w2.dtype)
-    return torch.maximum(n2, info.eps * w2 + info.tiny).sqrt()
+    n2 = w2 + (torch.addmm(C, B, A @ A.mT, beta=2 * s, alpha=s * s) * B).sum(-1)
+    return torch.maximum(n2, torch.finfo(w2.dtype).eps * w2).sqrt()

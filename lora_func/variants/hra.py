@@ -3,9 +3,9 @@
     R = H_0 H_1 .. H_{r-1},   H_j = I - 2 û_j û_jᵀ,   û = u / |u|,   out = base layer of x Rᵀ,   W_eff = W R
 
 U [r, d_in] holds the vectors as rows. Applied one by one they are r dependent launches that keep r copies of x; in compact
-WY form they are one low-rank update of x that keeps one [.., r] intermediate, with Û and K from one r x r triangular solve:
+WY form they are one low-rank update of x that keeps one [.., r] intermediate, with V and K from one r x r triangular solve:
 
-    x Rᵀ = x - (x Ûᵀ) K
+    x Rᵀ = x - (x Vᵀ) K
 
 At init the vectors come in equal pairs, whose reflections cancel: R = I up to rounding (8 r eps of the dtype of x), not to
 the bit. The first step separates the pairs (their gradients are opposite), so r is even; PEFT falls back to random vectors
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import LoraFuncError
-from ..numerics import at_least_float32, compact_wy, low_rank_update, normalised_rows, uniform
+from ..numerics import at_least_float32, compact_wy, low_rank_update, uniform
 from ..variant import Params, Variant, check_positive, check_rank
 
 
@@ -45,15 +45,16 @@ class HRA(Variant):
     def init(self, weight, generator, stats=None):
         d_in = weight.shape[1]
         norm = self.init_norm or math.sqrt(2 * d_in / (3 * self.r))
-        half = norm * normalised_rows(uniform((self.r // 2, d_in), 1.0, generator))
+        half = uniform((self.r // 2, d_in), 1.0, generator)
+        half = norm * half / half.norm(dim=1, keepdim=True)
         return Params({"U": half.repeat_interleave(2, dim=0)})
 
     def transform_input(self, x, params):
-        unit, K = compact_wy(params["U"].to(torch.promote_types(params["U"].dtype, x.dtype)))
-        return low_rank_update(x, x, unit, K.mT, -1.0)
+        V, K = compact_wy(params["U"].to(torch.promote_types(params["U"].dtype, x.dtype)))
+        return low_rank_update(x, x, V, -K.mT)
 
     def merged(self, weight, params):
-        # W R = W - (W Kᵀ) Û
-        unit, K = compact_wy(params["U"])
+        # W R = W - (W Kᵀ) V
+        V, K = compact_wy(params["U"])
         W = at_least_float32(weight.dense())
-        return W - (W @ K.mT) @ unit, weight.bias
+        return W - (W @ K.mT) @ V, weight.bias
