@@ -446,6 +446,21 @@ def test_two_threads_at_once():
         assert all(largest(result, expected[index]) == 0 for result in results[index])
 
 
+def test_a_call_leaves_nothing_for_the_garbage_collector():
+    """A reference cycle in a view would keep parameters, and the graph behind them, until some later collection."""
+    model, adapter, params = adapted()
+    batch = text_batch()
+    gc.collect()
+    gc.disable()
+    try:
+        leaf = weakref.ref(next(iter(params.values())))
+        adapter(model, params, batch)
+        del params
+        assert leaf() is None
+    finally:
+        gc.enable()
+
+
 def test_the_adapter_keeps_no_model_alive():
     model, adapter, params = adapted()
     adapter(model, params, text_batch())

@@ -1,0 +1,86 @@
+"""Writes the tables of README and docs from the catalogue and the committed results: `python bench/tables.py`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A test fails where one is not what this would write.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from tabulate import tabulate
+
+import lora_func as lf
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+DOCSTRING = re.compile(r"(?P<what>.+), (?P<who>[^,]+ \d{4}) \(arXiv (?P<arxiv>[\d.]+)\)\. (?:Trainable: )?(?P<leaves>.+)\.")
+
+
+def markdown(rows: list[list[str]], headers: list[str]) -> str:
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def variants() -> str:
+    """From the catalogue: the first line of each class's docstring has the paper and the trainable leaves."""
+    rows = []
+    for variant in lf.VARIANTS.values():
+        found = DOCSTRING.fullmatch((inspect.getdoc(variant) or "").splitlines()[0])
+        if found is None:
+            raise ValueError(
+                f"{variant.__name__}: the docstring must read 'What, Author et al. YEAR (arXiv ID). Trainable: ...'"
+            )
+        paper = f"[{found['who']}](https://arxiv.org/abs/{found['arxiv']})"
+        rows.append([f"`{variant.__name__}`", found["what"], paper, found["leaves"].replace("[", "`[").replace("]", "]`")])
+    return markdown(rows, ["class", "what it does", "paper", "trainable, per layer"])
+
+
+def ran_on(result: dict) -> str:
+    where = dict(result["where"])
+    versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes") if name in where)
+    return f"{where['device']}; {versions}; commit {where['commit']}"
+
+
+def overhead(kind: str) -> str:
+    result = json.loads((RESULTS / f"overhead-{kind}.json").read_text())
+    s = result["settings"]
+    rows = [
+        [
+            row["variant"],
+            str(row["targets"]),
+            f"{row['time over base']['ours']:.2f}",
+            f"{row['time over base']['peft']:.2f}",
+            f"{row['mebibytes']['ours'] - row['mebibytes']['base']:,.0f}",
+            f"{row['mebibytes']['peft'] - row['mebibytes']['base']:,.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    table = markdown(rows, ["variant", "layers", "time / base", "PEFT: time / base", "MiB over base", "PEFT: MiB over base"])
+    memory = "peak of the step" if s["device"] == "cuda" else "bytes saved for backward"
+    about = f"{s['layers']} layers, batch {s['batch']} x {s['tokens']} tokens, {s['dtype']}, r={s['r']}; memory: {memory}."
+    return f"{table}\n\n{about} {ran_on(result)}."
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "variants": variants,
+    "overhead-cpu": lambda: overhead("cpu"),
+    "overhead-h100": lambda: overhead("h100"),
+}
+
+
+def filled(text: str) -> str:
+    """`text` with every table as the catalogue and the results have it."""
+
+    def table(found: re.Match[str]) -> str:
+        return f"<!-- table: {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", table, text, flags=re.S)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
