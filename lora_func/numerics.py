@@ -87,7 +87,7 @@ def top_svd(weight: Weight, r: int, owner: str) -> tuple[Tensor, Tensor, Tensor]
     if r > min(weight.shape):
         raise LoraFuncError(f"{owner}(r={r}) on a layer of shape {weight.shape}: r must be at most {min(weight.shape)} there")
     U, S, V = torch.linalg.svd(at_least_float32(weight.dense()), full_matrices=False)
-    return U[:, :r].contiguous(), S[:r].contiguous(), V[:r].contiguous()
+    return U[:, :r], S[:r], V[:r]
 
 
 def at_least_float32(t: Tensor) -> Tensor:

@@ -155,6 +155,20 @@ def test_delora_invariances(layer, data):
     assert ((grads["B"] * B).sum(0).abs() <= 1e-9 * size).all()
 
 
+@drawn("delora-paper")
+def test_delora_of_the_paper_subtracts_the_frozen_copy_at_lambda0(layer, data):
+    """Eq. 9: Δ(A, B, lam) - Δ(A0, B0, lambda0)."""
+
+    def update(A, B, lam):
+        A, B = A.double(), B.double()
+        unit_A, unit_B = A / A.norm(dim=1, keepdim=True), B / B.norm(dim=0)
+        return lam / layer.variant.r * unit_B @ unit_A * layer.trained["wn"]
+
+    p = layer.trained
+    expected = update(p["A"], p["B"], p["lam"]) - update(p["A0"], p["B0"], layer.variant.lambda0)
+    torch.testing.assert_close(delta(layer), expected, **CLOSE)
+
+
 def test_delora_init_is_a_name_and_a_method():
     variant = lf.DeLoRA(init="paper")
     assert variant.init == "paper"

@@ -336,6 +336,16 @@ def test_forward_patched_by_accelerate(where):
     assert not torch.equal(model(**batch).logits, expected)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_target_with_a_forward_of_its_own(frozen):
+    """What a layer says of itself means the layer, and not what stands for it in the view."""
+    model, adapter, params = adapted(model=mlp().requires_grad_(not frozen), targets=lf.Targets(roles=()))
+    layer, x = model[2], torch.randn(3, 6)
+    expected = adapter(model, params, x)
+    layer.forward = functools.partial(lambda module, x: type(module).forward(module, x), layer)
+    assert torch.equal(adapter(model, params, x), expected)
+
+
 def test_modules_in_plain_attributes():
     """Lists, dicts, methods and partials that refer to modules of the model refer to their copies in the view."""
 
