@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from cases import CASES
@@ -43,6 +45,23 @@ def test_differentiable():
     model, adapter, params = adapted(model=mlp(), targets=ALL)
     grads = torch.func.grad(lambda p: sum(t.square().sum() for t in lf.merge(adapter, model, p).values()))(params)
     assert all(grad.abs().max() > 0 for grad in grads.values())
+
+
+def test_never_the_memory_of_the_model():
+    """Also where a variant leaves the weight as it is."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Bias(lf.Variant):
+        def init(self, weight, generator, stats=None):
+            return lf.Params({"b": torch.zeros(weight.shape[0])})
+
+        def merged(self, weight, params):
+            return weight.dense(), weight.bias + params["b"]
+
+    model, adapter, params = adapted(Bias(), mlp(), targets=ALL)
+    merged = lf.merge(adapter, model, params)
+    assert set(merged) == {f"{path}.{name}" for path in adapter.targets for name in ("weight", "bias")}
+    assert merged["0.weight"].data_ptr() != model[0].weight.data_ptr()
 
 
 def test_load_state_dict_takes_it():
