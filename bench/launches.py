@@ -18,7 +18,7 @@ from overhead import LINEAR, Q_V
 import lora_func as lf
 
 
-def measure(names: list[str], options: argparse.Namespace) -> dict[str, Any]:
+def measure(names: list[str], compiled: bool, options: argparse.Namespace) -> dict[str, Any]:
     model = qwen3(options.layers, "cuda", torch.bfloat16)
     targets = lf.Targets(names=tuple(rf"\.{name}$" for name in names), roles=())
     adapter, params = lf.adapt(model, lf.LoRA(r=options.r), targets=targets)
@@ -64,7 +64,7 @@ def measure(names: list[str], options: argparse.Namespace) -> dict[str, Any]:
     contenders["CUDA graph"] = graph.replay
     seconds["CUDA graph"] = time.perf_counter() - start
 
-    if options.compile:
+    if compiled:
         start = time.perf_counter()
         compiled_grad = torch.compile(torch.func.grad(loss), fullgraph=True)
         with torch.no_grad():
@@ -90,11 +90,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--r", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--compile", nargs="*", default=["q_v"], choices=["q_v", "all"], help="which targets to compile, too")
     options = parser.parse_args()
     rows = []
-    for names in (Q_V, LINEAR):
-        rows.append(measure(names, options))
+    for which, names in {"q_v": Q_V, "all": LINEAR}.items():
+        rows.append(measure(names, which in options.compile, options))
         row = rows[-1]
         print(row["targets"], row["milliseconds"], row["over base"], row["seconds to prepare"], flush=True)
     write("launches", rows, settings=vars(options))

@@ -65,10 +65,24 @@ def overhead(kind: str) -> str:
     return f"{table}\n\n{about} {ran_on(result)}."
 
 
+def launches(kind: str) -> str:
+    result = json.loads((RESULTS / f"launches-{kind}.json").read_text())
+    s = result["settings"]
+    ways = ["base, eager", "eager", "compiled", "CUDA graph"]
+    rows = []
+    for row in result["rows"]:
+        times = [f"{row['milliseconds'][way]:.0f}" if way in row["milliseconds"] else "-" for way in ways]
+        rows.append([f"LoRA, {row['targets']} layers", *times])
+    table = markdown(rows, ["ms per step", "frozen base, eager", "adapted, eager", "torch.compile", "CUDA graph"])
+    about = f"{s['layers']} layers, batch {s['batch']} x {s['tokens']} tokens, bfloat16, r={s['r']}."
+    return f"{table}\n\n{about} {ran_on(result)}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "variants": variants,
     "overhead-cpu": lambda: overhead("cpu"),
     "overhead-h100": lambda: overhead("h100"),
+    "launches-h100": lambda: launches("h100"),
 }
 
 
