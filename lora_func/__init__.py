@@ -5,6 +5,7 @@ from .errors import LoraFuncError
 from .grad import value_and_grad
 from .io import load, save
 from .merge import merge
+from .population import expand, select, stack, unstack
 from .probe import Probe, probe
 from .targets import Targets
 from .variant import Params, Variant, Weight
@@ -30,9 +31,13 @@ __all__ = [
     "__version__",
     "adapt",
     "bind",
+    "expand",
     "load",
     "merge",
     "probe",
     "save",
+    "select",
+    "stack",
+    "unstack",
     "value_and_grad",
 ]

@@ -100,7 +100,7 @@ class Adapter:
             Site(
                 path,
                 variant,
-                {name: key for name, (key, _) in (keys.get(SHARED, {}) | keys.get(path, {})).items()},
+                {name: (key, len(shape)) for name, (key, shape) in (keys.get(SHARED, {}) | keys.get(path, {})).items()},
                 {name: leaf for name, (_, leaf) in (constants.get(SHARED, {}) | constants.get(path, {})).items()},
             )
             for path, variant in variants.items()
@@ -123,9 +123,13 @@ class Adapter:
 
         `batch`: a mapping becomes keyword arguments, a tuple or list positional ones, anything else the one argument.
 
+        Leaves may have one leading axis more than their own shape, the example axis (see `population`): in the layers that
+        use them, example i of the batch then runs through entry i. It must be the first axis of what those layers see.
+
         Raises:
             LoraFuncError: `params` with missing or unexpected keys, wrong shapes or integer dtypes; a model without the
-                targets; a batch that no model takes; activation checkpointing of a kind that loses gradients.
+                targets; an example axis that a layer does not see; a batch that no model takes; activation checkpointing of
+                a kind that loses gradients.
         """
         args, kwargs = call_arguments(batch)
         self.check(params)
@@ -146,7 +150,7 @@ class Adapter:
         """Fresh parameters for this adapter, as `adapt` draws them. A leaf with an anchor starts at it (see `Params`)."""
         layers = self.layers(model)
         anchored = {key: self.frozen[f"{key}0"] for key in self.shapes if f"{key}0" in self.frozen}
-        drawn = {p.path: p.variant for p in self._sites if not anchored.keys() >= set(p.keys.values())}
+        drawn = {site.path: site.variant for site in self._sites if not anchored.keys() >= set(self.keys_of(site.path))}
         trainable, _ = draw(drawn, {path: weight_of(layers[path]) for path in drawn}, generator) if drawn else ({}, {})
         start = {**trainable, **anchored}
         return {key: start[key].to(self.dtype, copy=True) for key in self.shapes}
@@ -161,21 +165,36 @@ class Adapter:
         """The paths of the adapted layers."""
         return tuple(self.variants)
 
-    def check(self, params: Mapping[str, Tensor]) -> None:
-        """Raises LoraFuncError unless `params` has exactly this adapter's keys, with floating tensors of their shapes."""
+    def check(self, params: Mapping[str, Tensor], *, examples: bool = True) -> None:
+        """Raises LoraFuncError unless `params` has exactly this adapter's keys, with floating tensors of their shapes.
+
+        With `examples`, each may have an example axis before its own shape, of one length for all.
+        """
         if not isinstance(params, Mapping):
             raise LoraFuncError(
                 f"params must be a mapping flat key -> tensor, as adapt returns it, and not {type(params).__name__}"
             )
         if params.keys() != self.shapes.keys():
             raise LoraFuncError(key_mismatch(params.keys(), self.shapes.keys()))
+        n, first = None, None
         for key, shape in self.shapes.items():
             leaf = params[key]
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
                 given = f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else repr(leaf)
                 raise LoraFuncError(f"params[{key!r}] is {given}, where a floating tensor of shape {tuple(shape)} was expected")
-            if leaf.shape != shape:
-                raise LoraFuncError(f"params[{key!r}] has shape {tuple(leaf.shape)}, where {tuple(shape)} was expected")
+            if leaf.shape == shape:
+                continue
+            own = f"params[{key!r}] has shape {tuple(leaf.shape)}, where {tuple(shape)} was expected"
+            if leaf.shape[1:] != shape:
+                raise LoraFuncError(own + (f", or {('n', *shape)} with an example axis" if examples else ""))
+            if not examples:
+                raise LoraFuncError(f"{own}: it has an example axis. Take one adapter of it, as in lf.unstack(params)[0]")
+            if n is None:
+                n, first = leaf.shape[0], key
+            elif leaf.shape[0] != n:
+                raise LoraFuncError(
+                    f"the example axis of params[{key!r}] has length {leaf.shape[0]}, and that of params[{first!r}] {n}"
+                )
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
         """path -> layer of `model`. Raises LoraFuncError where a target is missing or has another shape."""
@@ -194,11 +213,12 @@ class Adapter:
     def params_of(self, path: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the variant at `path` takes as `params`: its leaves of the flat dict and its constants, under short names."""
         site = next(site for site in self._sites if site.path == path)
-        return {name: params[key] for name, key in site.keys.items()} | site.frozen
+        return {name: params[key] for name, (key, _) in site.leaves.items()} | site.frozen
 
     def keys_of(self, path: str) -> tuple[str, ...]:
         """The flat keys of the trainable leaves that the layer at `path` uses."""
-        return tuple(next(site for site in self._sites if site.path == path).keys.values())
+        site = next(site for site in self._sites if site.path == path)
+        return tuple(key for key, _ in site.leaves.values())
 
     def remember(self, model: nn.Module) -> None:
         """Lets torch.compile trace a call on `model`, for as long as the model lives.

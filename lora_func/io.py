@@ -45,7 +45,7 @@ def save(path: str | os.PathLike[str], adapter: Adapter, params: Mapping[str, Te
     Raises LoraFuncError for params that are not the adapter's, for a variant whose fields are not plain values, and for a
     path that cannot be a file; OSError where the disk refuses. An existing file survives each of these.
     """
-    adapter.check(params)
+    adapter.check(params, examples=False)
     path = Path(os.path.realpath(path))
     if path.is_dir():
         raise LoraFuncError(f"{str(path)!r} is a folder; give the path of a file in it")

@@ -31,7 +31,7 @@ def merge(
     Raises:
         LoraFuncError: bad `params` or model; a variant without a closed form; a weight that another module uses too.
     """
-    adapter.check(params)
+    adapter.check(params, examples=False)
     users = defaultdict(set)  # id of a parameter -> the paths of the modules that hold it
     for path, module in model.named_modules():
         for parameter in module.parameters(recurse=False):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, vmap
 
 from .errors import LoraFuncError
 from .variant import Variant
@@ -126,12 +126,15 @@ class Site(NamedTuple):
 
     path: str
     variant: Variant
-    keys: dict[str, str]  # short name -> flat key, of the trainable leaves
+    leaves: dict[str, tuple[str, int]]  # short name -> flat key and number of axes, of the trainable leaves
     frozen: dict[str, Tensor]  # short name -> constant
 
 
 class AdaptedLayer(nn.Module):
     """What stands for an adapted layer in a view: `variant.apply(x, layer(variant.transform_input(x)), ..)`.
+
+    Leaves with an example axis make it that of the variant's functions, by a `torch.vmap` that the model around never sees:
+    it runs once, with its fused attention and its masks, on the whole batch.
 
     Its trainable leaves are buffers called `lora_<name>`, so the flat dict's keys are paths in the view, and
     `torch.func.functional_call(view, params, ...)` works too. Attributes that it lacks are those of the layer.
@@ -143,7 +146,7 @@ class AdaptedLayer(nn.Module):
         self._modules["layer"] = layer
         self.__dict__["site"] = site
         self.__dict__["expects_grad"] = expects_grad  # whether gradients were on, and wanted, where the call began
-        for name, key in site.keys.items():
+        for name, (key, _) in site.leaves.items():
             self._buffers[f"lora_{name}"] = params[key]
 
     def __getattr__(self, name: str) -> Any:
@@ -153,13 +156,28 @@ class AdaptedLayer(nn.Module):
             return getattr(super().__getattr__("layer"), name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        path, variant, keys, frozen = self.site
+        path, variant, leaves, frozen = self.site
         if self.expects_grad and not torch.is_grad_enabled():
             raise LoraFuncError(
                 f"gradients are switched off inside the model where it calls {path!r}, so its adapter would get none. With "
                 "activation checkpointing, pass use_reentrant=False; otherwise leave this layer out of the targets, or call "
                 "under torch.no_grad()"
             )
-        params = {name: self._buffers[f"lora_{name}"] for name in keys} | frozen
-        base_out = self.layer(variant.transform_input(x, params), *args, **kwargs)
-        return variant.apply(x, base_out, weight_of(self.layer), params)
+        params: dict[str, Any] = dict(frozen)
+        axes: dict[str, int | None] = dict.fromkeys(frozen)
+        for name, (_, dim) in leaves.items():
+            params[name] = self._buffers[f"lora_{name}"]
+            axes[name] = 0 if params[name].dim() > dim else None
+        transform_input, apply = variant.transform_input, variant.apply
+        if 0 in axes.values():
+            n = next(params[name].shape[0] for name, axis in axes.items() if axis == 0)
+            if x.dim() < 2 or x.shape[0] != n:
+                raise LoraFuncError(
+                    f"{path!r} sees an input of shape {tuple(x.shape)}, whose first axis is not that of the {n} examples for "
+                    "which it has parameters: the batch has another size, or the model moves its examples before this layer "
+                    "(time first, tokens flattened, experts). Leave the layer out of the targets, or give it parameters "
+                    "without the example axis"
+                )
+            transform_input, apply = vmap(transform_input, (0, axes)), vmap(apply, (0, 0, None, axes))
+        base_out = self.layer(transform_input(x, params), *args, **kwargs)
+        return apply(x, base_out, weight_of(self.layer), params)

@@ -80,3 +80,15 @@ def adapted(
     options.setdefault("targets", lf.Targets(names=(r"q_proj$", r"v_proj$")))
     adapter, params = lf.adapt(model, lf.LoRA(r=4) if rules is None else rules, **options)
     return model, adapter, trained(params)
+
+
+def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest difference between two flat dicts."""
+    assert a.keys() == b.keys()
+    return max((a[key] - b[key]).abs().max().item() for key in a)
+
+
+def checkpoint_activations(model: nn.Module, use_reentrant: bool) -> None:
+    """By transformers' own switch, under the name that the installed version has for it."""
+    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    switch({"use_reentrant": use_reentrant})

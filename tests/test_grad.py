@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import adapted, text_batch
+from models import adapted, largest, text_batch
 
 import lora_func as lf
 
@@ -13,11 +13,6 @@ def setup():
     model, adapter, params = adapted()
     batch = text_batch()
     return (lambda p: adapter(model, p, batch).loss), params
-
-
-def largest(a, b):
-    assert a.keys() == b.keys()
-    return max((a[key] - b[key]).abs().max().item() for key in a)
 
 
 def test_equals_torch_func():

@@ -13,7 +13,7 @@ import torch
 import torch._dynamo.testing
 from accelerate.hooks import ModelHook, add_hook_to_module
 from cases import CASES
-from models import adapted, mlp, state_of, text_batch, tiny_llama, trained
+from models import adapted, checkpoint_activations, largest, mlp, state_of, text_batch, tiny_llama, trained
 from torch import nn
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
@@ -25,11 +25,6 @@ over_variants = pytest.mark.parametrize("variant", variants.values(), ids=varian
 
 def loss_of(model, adapter, batch):
     return lambda params: adapter(model, params, batch).loss
-
-
-def largest(a, b) -> float:
-    assert a.keys() == b.keys()
-    return max((a[key] - b[key]).abs().max().item() for key in a)
 
 
 @over_variants
@@ -274,12 +269,6 @@ def test_checkpointing_inside_a_transform_says_what_to_do():
     model.disable_input_require_grads()  # transformers' hook calls requires_grad_() on a tensor of the transform
     with pytest.raises(lf.LoraFuncError, match=r"cannot run through activation checkpointing.*lf.value_and_grad"):
         grad(loss_of(model, adapter, text_batch()))(params)
-
-
-def checkpoint_activations(model: nn.Module, use_reentrant: bool) -> None:
-    """By transformers' own switch, under the name that the installed version has for it."""
-    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    switch({"use_reentrant": use_reentrant})
 
 
 def count_calls(module: nn.Module) -> list:
