@@ -1,0 +1,161 @@
+"""K adapters in one pass of the base: time and memory of a training step, beside four other ways.
+
+A step is forward, cross-entropy of every example and backward to all K adapters, each with its own examples:
+
+    base         the frozen base on the same batch, backward to the input embeddings: what no method can undercut
+    population   lf.stack: one pass for all
+    one by one   the same adapters, one after the other
+    vmap(grad)   torch.func over the whole model
+    peft         PEFT, one adapter after the other (one LoRA of PEFT, K times: setting another active would only add to it)
+
+All ways of a K run interleaved in one process. `python bench/population.py --help`
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import torch
+import torch.nn.functional as F
+from common import interleaved, peak_bytes, qwen3, ratio, write
+from overhead import Q_V
+from torch import Tensor
+
+import lora_func as lf
+
+TARGETS = lf.Targets(names=tuple(rf"\.{name}$" for name in Q_V), roles=())
+
+
+def loss_per_example(logits: Tensor, ids: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none").mean(1)
+
+
+class Setting:
+    """A model, K adapters and `examples` sequences for each."""
+
+    def __init__(self, model, variant: lf.Variant, K: int, examples: int, options: argparse.Namespace):
+        self.model, self.K, self.examples = model, K, examples
+        self.adapter, _ = lf.adapt(model, variant, targets=TARGETS)
+        self.adapters = [self.adapter.init(model) for _ in range(K)]
+        self.ids = torch.randint(1000, (K * examples, options.tokens), device=options.device)
+        self.owner = torch.arange(K, device=options.device).repeat_interleave(examples)
+        self.leaves = [{key: leaf.requires_grad_() for key, leaf in params.items()} for params in self.adapters]
+
+    def clear(self) -> None:
+        for params in self.leaves:
+            for leaf in params.values():
+                leaf.grad = None
+
+    def base(self) -> None:
+        embeds = self.model.get_input_embeddings()(self.ids).requires_grad_()
+        logits = self.model(inputs_embeds=embeds, use_cache=False).logits
+        torch.autograd.grad(loss_per_example(logits, self.ids).sum(), embeds)
+
+    def population(self) -> None:
+        params = lf.stack(self.leaves)
+        params = params if self.examples == 1 else lf.select(params, self.owner)
+        logits = self.adapter(self.model, params, {"input_ids": self.ids, "use_cache": False}).logits
+        loss_per_example(logits, self.ids).sum().backward()
+        self.clear()
+
+    def one_by_one(self) -> None:
+        for params, ids in zip(self.leaves, self.ids.split(self.examples)):
+            logits = self.adapter(self.model, params, {"input_ids": ids, "use_cache": False}).logits
+            loss_per_example(logits, ids).sum().backward()
+        self.clear()
+
+    def vmap_grad(self) -> None:
+        def loss(params: dict[str, Tensor], ids: Tensor) -> Tensor:
+            logits = self.adapter(self.model, params, {"input_ids": ids, "use_cache": False}).logits
+            return loss_per_example(logits, ids).sum()
+
+        stacked = lf.stack([{key: leaf.detach() for key, leaf in params.items()} for params in self.leaves])
+        torch.vmap(torch.func.grad(loss))(stacked, self.ids.unflatten(0, (self.K, self.examples)))
+
+
+def measure_ways(K: int, examples: int, options: argparse.Namespace, model, theirs) -> dict[str, Any]:
+    s = Setting(model, lf.LoRA(r=options.r), K, examples, options)
+
+    def peft_one_by_one() -> None:
+        for ids in s.ids.split(examples):
+            loss_per_example(theirs(input_ids=ids, use_cache=False).logits, ids).sum().backward()
+        theirs.zero_grad()
+
+    ways: dict[str, Callable[[], None]] = {
+        "base": s.base,
+        "population": s.population,
+        "one by one": s.one_by_one,
+        "vmap(grad)": s.vmap_grad,
+        "peft": peft_one_by_one,
+    }
+    peaks = {}
+    for name in list(ways):
+        if name == "vmap(grad)" and not torch.cuda.is_available():
+            continue  # torch.func has no saved-tensor hooks, by which the bytes are counted on a CPU
+        try:
+            peaks[name] = peak_bytes(ways[name]) / 2**20
+        except torch.OutOfMemoryError:
+            del ways[name]
+    times = interleaved(ways, options.rounds, warmup=1)
+    return {"variant": "lora", "K": K, "examples": examples, **summary(times, peaks)}
+
+
+def measure_variant(name: str, variant: lf.Variant, options: argparse.Namespace, model) -> dict[str, Any]:
+    s = Setting(model, variant, options.variants_K, 1, options)
+    ways = {"base": s.base, "population": s.population}
+    peaks = {way: peak_bytes(run) / 2**20 for way, run in ways.items()}
+    return {"variant": name, "K": options.variants_K, "examples": 1, **summary(interleaved(ways, options.rounds), peaks)}
+
+
+def summary(times: dict[str, list[float]], peaks: dict[str, float]) -> dict[str, Any]:
+    found = {
+        "milliseconds": {way: 1e3 * statistics.median(seconds) for way, seconds in times.items()},
+        "over base": {way: ratio(times, way, "base") for way in times},
+        "mebibytes": peaks,
+        "seconds of each round": times,
+    }
+    rounded = {way: f"{found['milliseconds'][way]:.0f} ms, {peaks.get(way, 0):.0f} MiB" for way in times}
+    print(rounded, flush=True)
+    return found
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
+    parser.add_argument("--layers", type=int, default=28 if cuda else 4, help="of the Qwen3-0.6B shape")
+    parser.add_argument("--tokens", type=int, default=256 if cuda else 32)
+    parser.add_argument("--r", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sequences", type=int, default=64 if cuda else 16, help="at most, K x examples: memory sets it")
+    parser.add_argument("--variants-K", type=int, default=64 if cuda else 16, help="population in which variants compare")
+    options = parser.parse_args()
+    dtype = getattr(torch, options.dtype)
+    model = qwen3(options.layers, options.device, dtype)
+    theirs = peft.get_peft_model(qwen3(options.layers, options.device, dtype), peft.LoraConfig(r=options.r, target_modules=Q_V))
+    rows = []
+    for examples in (1, 4):
+        for K in (1, 4, 16, 64):
+            if K * examples <= options.sequences:
+                rows.append(measure_ways(K, examples, options, model, theirs))
+    r = options.r
+    variants = {
+        "pissa": lf.PiSSA(r=r),
+        "dora": lf.DoRA(r=r),
+        "delora": lf.DeLoRA(r=r),
+        "ia3": lf.IA3(),
+        "ia3ff": lf.IA3FF(),
+        "hra": lf.HRA(r=r),
+    }
+    for name, variant in variants.items():
+        rows.append(measure_variant(name, variant, options, model))
+    write("population", rows, settings=vars(options))
+
+
+if __name__ == "__main__":
+    main()
