@@ -1,28 +1,29 @@
-"""K adapters in one pass of the base: time and memory of a training step, beside four other ways.
+"""K adapters in one pass of the base: time and memory of a training step, beside other ways.
 
 A step is forward, cross-entropy of every example and backward to all K adapters, each with its own examples:
 
     base         the frozen base on the same batch, backward to the input embeddings: what no method can undercut
-    population   lf.stack: one pass for all
-    one by one   the same adapters, one after the other
+    population   the K adapters as one stacked dict, whose leaves are trained: one pass for all
+    stacked      K dicts of leaves, stacked in the loop, as K parameter groups of an optimizer need it
     vmap(grad)   torch.func over the whole model
+    one by one   the adapters, one after the other
     peft         PEFT, one adapter after the other (one LoRA of PEFT, K times: setting another active would only add to it)
 
-The ways that take one pass run interleaved for several rounds; those that take K passes run for one or two, interleaved with
-the others. `python bench/population.py --help`
+The ways run interleaved in one process; for K > 4, those that take K passes run once (on CUDA). `python bench/population.py --help`
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
 import peft
 import torch
 import torch.nn.functional as F
-from common import interleaved, peak_bytes, qwen3, ratio, write
+from common import interleaved, peak_bytes, qwen3, ratio, synchronize, write
 from overhead import Q_V
 from torch import Tensor
 
@@ -44,12 +45,17 @@ class Setting:
         self.adapters = [self.adapter.init(model) for _ in range(K)]
         self.ids = torch.randint(1000, (K * examples, options.tokens), device=options.device)
         self.owner = torch.arange(K, device=options.device).repeat_interleave(examples)
+        self.stacked = {key: leaf.requires_grad_() for key, leaf in lf.stack(self.adapters).items()}
         self.leaves = [{key: leaf.requires_grad_() for key, leaf in params.items()} for params in self.adapters]
 
     def clear(self) -> None:
-        for params in self.leaves:
+        for params in (self.stacked, *self.leaves):
             for leaf in params.values():
                 leaf.grad = None
+
+    def step(self, params: dict[str, Tensor], ids: Tensor) -> None:
+        logits = self.adapter(self.model, params, {"input_ids": ids, "use_cache": False}).logits
+        loss_per_example(logits, ids).sum().backward()
 
     def base(self) -> None:
         embeds = self.model.get_input_embeddings()(self.ids).requires_grad_()
@@ -57,16 +63,17 @@ class Setting:
         torch.autograd.grad(loss_per_example(logits, self.ids).sum(), embeds)
 
     def population(self) -> None:
-        params = lf.stack(self.leaves)
-        params = params if self.examples == 1 else lf.select(params, self.owner)
-        logits = self.adapter(self.model, params, {"input_ids": self.ids, "use_cache": False}).logits
-        loss_per_example(logits, self.ids).sum().backward()
+        self.step(self.stacked if self.examples == 1 else lf.select(self.stacked, self.owner), self.ids)
+        self.clear()
+
+    def stack(self) -> None:
+        stacked = lf.stack(self.leaves)
+        self.step(stacked if self.examples == 1 else lf.select(stacked, self.owner), self.ids)
         self.clear()
 
     def one_by_one(self) -> None:
         for params, ids in zip(self.leaves, self.ids.split(self.examples)):
-            logits = self.adapter(self.model, params, {"input_ids": ids, "use_cache": False}).logits
-            loss_per_example(logits, ids).sum().backward()
+            self.step(params, ids)
         self.clear()
 
     def vmap_grad(self) -> None:
@@ -74,7 +81,7 @@ class Setting:
             logits = self.adapter(self.model, params, {"input_ids": ids, "use_cache": False}).logits
             return loss_per_example(logits, ids).sum()
 
-        stacked = lf.stack([{key: leaf.detach() for key, leaf in params.items()} for params in self.leaves])
+        stacked = {key: leaf.detach() for key, leaf in self.stacked.items()}
         torch.vmap(torch.func.grad(loss))(stacked, self.ids.unflatten(0, (self.K, self.examples)))
 
 
@@ -89,24 +96,28 @@ def measure_ways(K: int, examples: int, options: argparse.Namespace, model, thei
     ways: dict[str, Callable[[], None]] = {
         "base": s.base,
         "population": s.population,
-        "one by one": s.one_by_one,
+        "stacked": s.stack,
         "vmap(grad)": s.vmap_grad,
+        "one by one": s.one_by_one,
         "peft": peft_one_by_one,
     }
-    peaks = {}
+    once = ("one by one", "peft") if K > 4 and torch.cuda.is_available() else ()
+    peaks, times = {}, {}
     for name in list(ways):
         if name == "vmap(grad)" and not torch.cuda.is_available():
             continue  # torch.func has no saved-tensor hooks, by which the bytes are counted on a CPU
         try:
+            start = time.perf_counter()
             peaks[name] = peak_bytes(ways[name]) / 2**20
+            synchronize()
+            if name in once:
+                times[name] = [time.perf_counter() - start] * options.rounds
         except torch.OutOfMemoryError:
             del ways[name]
-    quick = {name: run for name, run in ways.items() if name not in ("one by one", "peft")}
-    found = summary(interleaved(quick, options.rounds, warmup=1), peaks)
-    all_ways = interleaved(ways, 1 if K > 16 else 2, warmup=0)
-    against = {name: ratio(all_ways, name, "population") for name in ways}
-    print({name: f"{times:.2f} x population" for name, times in against.items()}, flush=True)
-    return {"variant": "lora", "K": K, "examples": examples, **found, "over population": against}
+    if K > 16:
+        ways.pop("vmap(grad)", None)  # at the limit of the memory, if not beyond it
+    many = {name: run for name, run in ways.items() if name not in once}
+    return {"variant": "lora", "K": K, "examples": examples, **summary(interleaved(many, options.rounds) | times, peaks)}
 
 
 def measure_variant(name: str, variant: lf.Variant, options: argparse.Namespace, model) -> dict[str, Any]:
