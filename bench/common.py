@@ -57,13 +57,14 @@ def write(name: str, rows: Any, **about: Any) -> Path:
 def qwen3(layers: int, device: str, dtype: torch.dtype, **changes: Any) -> Qwen3ForCausalLM:
     """A randomly initialised model of the shape of Qwen3-0.6B, frozen, with fewer layers where asked."""
     sizes = {
+        "vocab_size": 151936,
         "hidden_size": 1024,
         "intermediate_size": 3072,
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
         "head_dim": 128,
     }
-    config = Qwen3Config(vocab_size=151936, num_hidden_layers=layers, tie_word_embeddings=True, **{**sizes, **changes})
+    config = Qwen3Config(num_hidden_layers=layers, tie_word_embeddings=True, **{**sizes, **changes})
     torch.manual_seed(0)
     with torch.device(device):
         return Qwen3ForCausalLM(config).to(dtype).eval().requires_grad_(False)

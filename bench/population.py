@@ -9,7 +9,8 @@ A step is forward, cross-entropy of every example and backward to all K adapters
     one by one   the adapters, one after the other
     peft         PEFT, one adapter after the other (one LoRA of PEFT, K times: setting another active would only add to it)
 
-The ways run interleaved in one process; for K > 4, those that take K passes run once (on CUDA). `python bench/population.py --help`
+The ways run interleaved in one process; on CUDA, those that take K passes run once for K > 4.
+`python bench/population.py --help`
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def measure_ways(K: int, examples: int, options: argparse.Namespace, model, thei
                 times[name] = [time.perf_counter() - start] * options.rounds
         except torch.OutOfMemoryError:
             del ways[name]
-    if K > 16:
+    if K * examples > 16:
         ways.pop("vmap(grad)", None)  # at the limit of the memory, if not beyond it
     many = {name: run for name, run in ways.items() if name not in once}
     return {"variant": "lora", "K": K, "examples": examples, **summary(interleaved(many, options.rounds) | times, peaks)}
@@ -146,14 +147,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
     parser.add_argument("--layers", type=int, default=28 if cuda else 4, help="of the Qwen3-0.6B shape")
     parser.add_argument("--tokens", type=int, default=256 if cuda else 32)
+    parser.add_argument("--vocabulary", type=int, default=151936 if cuda else 8192)
     parser.add_argument("--r", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5 if cuda else 3)
     parser.add_argument("--sequences", type=int, default=64 if cuda else 16, help="at most, K x examples: memory sets it")
     parser.add_argument("--variants-K", type=int, default=64 if cuda else 16, help="population in which variants compare")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
-    model = qwen3(options.layers, options.device, dtype)
-    theirs = peft.get_peft_model(qwen3(options.layers, options.device, dtype), peft.LoraConfig(r=options.r, target_modules=Q_V))
+    model, copy = (qwen3(options.layers, options.device, dtype, vocab_size=options.vocabulary) for _ in range(2))
+    theirs = peft.get_peft_model(copy, peft.LoraConfig(r=options.r, target_modules=Q_V))
     rows = []
     for examples in (1, 4):
         for K in (64, 16, 4, 1):

@@ -78,11 +78,30 @@ def launches(kind: str) -> str:
     return f"{table}\n\n{about} {ran_on(result)}."
 
 
+def population(kind: str) -> str:
+    result = json.loads((RESULTS / f"population-{kind}.json").read_text())
+    s = result["settings"]
+    ways = ["base", "population", "stacked", "vmap(grad)", "one by one", "peft"]
+    rows = []
+    for row in result["rows"]:
+        times, peaks = row["milliseconds"], row["mebibytes"]
+        cells = [f"{times[way] / times['base']:.2f}" if way in times else "-" for way in ways[1:]]
+        memory = [f"{peaks[way] / peaks['base']:.2f}" if way in peaks else "-" for way in ("population", "vmap(grad)")]
+        rows.append([row["variant"], str(row["K"]), str(row["examples"]), f"{times['base']:.0f}", *cells, *memory])
+    headers = ["variant", "K", "examples each", "base, ms", "population", "stacked", "vmap(grad)", "one by one", "PEFT"]
+    table = markdown(rows, [*headers, "memory: population", "memory: vmap(grad)"])
+    memory = "peak of the step" if s["device"] == "cuda" else "bytes saved for backward"
+    about = f"{s['layers']} layers, {s['tokens']} tokens, {s['dtype']}, r={s['r']} on q and v; over the base; memory: {memory}."
+    return f"{table}\n\n{about} {ran_on(result)}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "variants": variants,
     "overhead-cpu": lambda: overhead("cpu"),
     "overhead-h100": lambda: overhead("h100"),
     "launches-h100": lambda: launches("h100"),
+    "population-cpu": lambda: population("cpu"),
+    "population-h100": lambda: population("h100"),
 }
 
 

@@ -1,0 +1,28 @@
+"""Eight LoRAs with eight learning rates in one run, by a stock optimizer: one pass of the base serves all."""
+
+import torch
+from toy import counting, language_model, loss_per_example
+
+import lora_func as lf
+
+model, ids = language_model(), counting(8)
+rates = [10**exponent for exponent in (-5, -4.5, -4, -3.5, -3, -2.5, -2, -1.5)]
+adapted_forward, params = lf.adapt(model, lf.LoRA(r=4), generator=torch.Generator().manual_seed(0))
+
+# the same start for all: one dict of leaves for each, one parameter group for each
+adapters = [{key: leaf.clone().requires_grad_() for key, leaf in params.items()} for _ in rates]
+optimizer = torch.optim.AdamW([{"params": list(own.values()), "lr": rate} for own, rate in zip(adapters, rates)])
+
+# adapter k sees rows 8k .. 8k+7: every adapter trains on the same eight sequences
+owner = torch.arange(8).repeat_interleave(len(ids))
+for _ in range(30):
+    each = lf.select(lf.stack(adapters), owner)
+    logits = adapted_forward(model, each, {"input_ids": ids.repeat(8, 1)}).logits
+    losses = loss_per_example(logits, ids.repeat(8, 1)).reshape(8, -1).mean(1)
+    optimizer.zero_grad()
+    losses.sum().backward()  # the sum keeps the gradients of the adapters apart
+    optimizer.step()
+
+for rate, loss in zip(rates, losses.tolist()):
+    print(f"lr {rate:.0e}: loss {loss:.3f}")
+assert losses.argmin() not in (0, 1, 2)  # the smallest rates learn least

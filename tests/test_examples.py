@@ -1,0 +1,29 @@
+"""The examples of the docs run as they stand; each ends with the assertion that it did what it says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "docs" / "examples"
+EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.name != "toy.py")
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example(path, tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-W", "error", path], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip()
+
+
+def test_there_is_a_page_for_each():
+    page = (FOLDER.parent / "examples.md").read_text(encoding="utf-8")
+    for path in EXAMPLES:
+        assert f"examples/{path.name}" in page
