@@ -95,11 +95,29 @@ def population(kind: str) -> str:
     return f"{table}\n\n{about} {ran_on(result)}."
 
 
+def quantized(kind: str) -> str:
+    result = json.loads((RESULTS / f"quantized-{kind}.json").read_text())
+    s = result["settings"]
+    columns = ["identity error", "gradient norm", "loss", "loss after", "drop %", "mebibytes"]
+    apart = "torch.func.grad - autograd, relative"
+    rows = [
+        [row["variant"], row["base"], *(f"{row[column]:.3g}" for column in columns), f"{row[apart]:.0e}"]
+        for row in result["rows"]
+    ]
+    table = markdown(rows, ["variant", "base", *columns[:-1], "MiB", "functional"])
+    memory = "peak of a step" if s["device"] == "cuda" else "bytes saved for backward"
+    about = (
+        f"{s['layers']} layers, batch {s['batch']} x {s['tokens']}, {s['dtype']}, r={s['r']} on q, v and down; MiB: {memory}."
+    )
+    return f"{table}\n\n{about} {ran_on(result)}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "variants": variants,
     "overhead-cpu": lambda: overhead("cpu"),
     "overhead-h100": lambda: overhead("h100"),
     "launches-h100": lambda: launches("h100"),
+    "quantized-cpu": lambda: quantized("cpu"),
     "population-cpu": lambda: population("cpu"),
     "population-h100": lambda: population("h100"),
 }

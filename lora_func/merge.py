@@ -21,12 +21,13 @@ def merge(
     """The weights of the adapted layers with the adapter in them: a new dict; the model keeps its own.
 
     Args:
-        dtype: of the result; None is that of each layer's weight. The computation runs in float32, or wider.
+        dtype: of the result; None is that of each layer's weight (dequantized, where it is packed). The computation runs in float32, or wider.
 
     Returns:
         `"<path>.weight" -> W_eff` in the layout of the layer, and `"<path>.bias" -> b_eff` where it changed, so that
         `model.load_state_dict(merged, strict=False)` or `torch.func.functional_call(model, merged, ...)` takes it.
-        Differentiable in `params`.
+        Differentiable in `params`. Of a packed layer (4 or 8 bits) the merged weight is dense, made from the dequantized one:
+        it is for a float model.
 
     Raises:
         LoraFuncError: bad `params` or model; a variant without a closed form; a weight that another module uses too.

@@ -1,0 +1,111 @@
+"""Every adapter on 4-bit and 8-bit bases: identity at init, first gradient, the loss after 20 steps, the memory of a step.
+
+The model has the shape of Qwen3-0.6B with fewer layers and random weights, quantized by transformers' BitsAndBytesConfig as
+users do it; it learns one batch of random tokens by heart. `python bench/quantized.py --help`
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import warnings
+from typing import Any
+
+import torch
+from common import peak_bytes, qwen3, write
+from transformers import BitsAndBytesConfig, Qwen3ForCausalLM
+
+import lora_func as lf
+
+FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}
+KINDS = {
+    "nf4": {**FOUR_BITS, "bnb_4bit_quant_type": "nf4"},
+    "fp4": {**FOUR_BITS, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+
+
+def load(folder: str, kind: str, device: str, dtype: torch.dtype) -> Qwen3ForCausalLM:
+    options = dict(KINDS[kind])
+    if "load_in_4bit" in options:
+        options["bnb_4bit_compute_dtype"] = dtype
+    return Qwen3ForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**options), device_map=device, dtype=dtype
+    ).requires_grad_(False)
+
+
+def measure(name: str, variant: lf.Variant, kind: str, model, options: argparse.Namespace) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    adapter, params = lf.adapt(model, variant, targets=lf.Targets(names=(r"\.(q|v|down)_proj$",)), generator=generator)
+    ids = torch.randint(1000, (options.batch, options.tokens), generator=generator).to(options.device)
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+    with torch.no_grad():
+        identity = (adapter(model, params, batch).logits - model(**batch).logits).abs().max().item()
+    leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
+    optimizer = torch.optim.AdamW(leaves.values(), lr=options.lr)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = adapter(model, leaves, batch).loss
+        loss.backward()
+        return loss.item()
+
+    first = step()
+    norm = sum(leaf.grad.square().sum().item() for leaf in leaves.values()) ** 0.5
+    for _ in range(options.steps):
+        optimizer.step()
+        last = step()
+    tangent = {key: leaf.grad.detach() for key, leaf in leaves.items()}
+    functional = torch.func.grad(lambda p: adapter(model, p, batch).loss)({key: leaf.detach() for key, leaf in leaves.items()})
+    apart = max((functional[key] - tangent[key]).abs().max().item() for key in tangent)
+    row = {
+        "variant": name,
+        "base": kind,
+        "identity error": identity,
+        "gradient norm": norm,
+        "loss": first,
+        "loss after": last,
+        "drop %": 100 * (first - last) / first,
+        "mebibytes": peak_bytes(step) / 2**20,
+        "torch.func.grad - autograd, relative": apart / max(leaf.abs().max().item() for leaf in tangent.values()),
+    }
+    print({key: f"{value:.3g}" if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+    return row
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
+    parser.add_argument("--layers", type=int, default=8 if cuda else 2, help="of the Qwen3-0.6B shape")
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--batch", type=int, default=4 if cuda else 2)
+    parser.add_argument("--tokens", type=int, default=256 if cuda else 32)
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", message="MatMul8bitLt")
+    r, dtype = options.r, getattr(torch, options.dtype)
+    variants = {
+        "lora": lf.LoRA(r=r),
+        "pissa": lf.PiSSA(r=r),
+        "dora": lf.DoRA(r=r),
+        "delora": lf.DeLoRA(r=r),
+        "ia3": lf.IA3(),
+        "ia3ff": lf.IA3FF(),
+        "hra": lf.HRA(r=r),
+    }
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        qwen3(options.layers, "cpu", dtype, vocab_size=options.vocabulary).save_pretrained(folder)
+        for kind in KINDS:
+            model = load(folder, kind, options.device, dtype)
+            for name, variant in variants.items():
+                rows.append(measure(name, variant, kind, model, options))
+                write("quantized", rows, settings=vars(options))
+
+
+if __name__ == "__main__":
+    main()
