@@ -21,7 +21,8 @@ def merge(
     """The weights of the adapted layers with the adapter in them: a new dict; the model keeps its own.
 
     Args:
-        dtype: of the result; None is that of each layer's weight (dequantized, where it is packed). The computation runs in float32, or wider.
+        dtype: of the result; None is that of each layer's weight (dequantized, where it is packed). The computation runs in
+            float32, or wider.
 
     Returns:
         `"<path>.weight" -> W_eff` in the layout of the layer, and `"<path>.bias" -> b_eff` where it changed, so that
