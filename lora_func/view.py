@@ -25,6 +25,7 @@ from .variant import Variant
 from .weight import is_packed, weight_of
 
 MODULE_STATE = frozenset(nn.Module().__dict__)  # what every module has; shared or replaced as a whole, never searched
+HOOKS = frozenset(name for name in MODULE_STATE if "_hooks" in name)
 PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})  # types that refer to nothing
 
 
@@ -47,8 +48,11 @@ def make_view(
         standing_in = new[id(module)]
         new[id(module)] = copy  # what a replaced layer says of itself means its copy; what others say means the replacement
         for name, value in attributes(module).items():
-            searched = name not in MODULE_STATE and type(value) not in PLAIN
-            copy.__dict__[name] = rebound(value, new) if searched else value
+            if name in HOOKS:
+                value = value.copy() if value else type(value)()  # noqa: PLW2901  (what is registered on a copy stays there)
+            elif name not in MODULE_STATE and type(value) not in PLAIN:
+                value = rebound(value, new)  # noqa: PLW2901
+            copy.__dict__[name] = value
         for name, value in own.items():
             copy.__dict__[name] = value
         new[id(module)] = standing_in
@@ -65,31 +69,50 @@ class Structure:
         self.copies: list[tuple[nn.Module, nn.Module, dict[str, Any]]] = []  # original, copy, attributes of the copy alone
         self.new: dict[int, Any] = {}  # id of an original module or parameter -> what stands for it in the view
 
-    def visit(self, module: nn.Module, path: str) -> nn.Module:
-        """What stands for `module` in the view."""
+    def visit(self, module: nn.Module, path: str, hooked: tuple[type, ...] = ()) -> nn.Module:
+        """What stands for `module` in the view. Modules of the classes `hooked` are copied, too."""
         if id(module) in self.new:
             return self.new[id(module)]
+        if hasattr(type(module), "_can_record_outputs"):
+            hooked = recorded_classes(module)
         children, detached = {}, {}
         for name, child in module._modules.items():
             if child is not None:
-                standing_in = self.visit(child, f"{path}.{name}" if path else name)
+                standing_in = self.visit(child, f"{path}.{name}" if path else name, hooked)
                 if standing_in is not child:
                     children[name] = standing_in
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:
                 detached[name] = self.new[id(parameter)] = parameter.detach()
         standing_in, kind = module, class_in_view(module)
-        if self.whole or children or detached or kind is not type(module):
+        if self.whole or children or detached or kind is not type(module) or isinstance(module, hooked):
             standing_in = object.__new__(kind)
-            own = {"_modules": {**module._modules, **children}}
+            own: dict[str, Any] = {"_modules": {**module._modules, **children}}
             if detached:
                 own["_parameters"] = {**module._parameters, **detached}
+            if children and isinstance(module, nn.TransformerEncoderLayer):
+                own["activation_relu_or_gelu"] = 0  # no fused path, which reads the weights of linear1 and linear2 itself
             self.copies.append((module, standing_in, own))
         if path in self.missing:
             del self.missing[path]
             standing_in = self.replace[path](standing_in)
         self.new[id(module)] = standing_in
         return standing_in
+
+
+def recorded_classes(model: Any) -> tuple[type, ...]:
+    """The classes of modules on which a model of transformers will register hooks, to return their outputs.
+
+    It does so in the middle of the first forward that asks for them, once for each model and on the modules that it finds, so
+    a view that shared such a module would leave a hook on it at every call. Names instead of classes may mean any module.
+    """
+    if model.__dict__.get("_output_capturing_hooks_installed"):
+        return ()
+    specs = []
+    for spec in (model._can_record_outputs or {}).values():
+        specs += spec if isinstance(spec, list) else [spec]
+    classes = [getattr(spec, "target_class", spec) for spec in specs]
+    return tuple(kind if isinstance(kind, type) else nn.Module for kind in classes)
 
 
 def class_in_view(module: nn.Module) -> type[nn.Module]:

@@ -84,14 +84,14 @@ class Packed4bitWeight(LinearWeight):
     def matrix(self) -> Tensor:
         from bitsandbytes import functional  # noqa: PLC0415  (who has such a layer has it)
 
-        packed, state = self.layer.weight.detach(), self.state
+        packed, state = self.layer.weight.detach().as_subclass(Tensor), self.state
         if self.inference_only:
             # bitsandbytes' inverse writes into the state that it is given, quantizes nested scales once more, and leaves
             # plain ones transposed
             scales = state.absmax.mT.reshape(-1).float()
             state = copy.copy(state)
             state.original_nested = False
-            packed, state = functional._convert_weight_packed_for_cpu_inverse(torch.Tensor(packed), state)
+            packed, state = functional._convert_weight_packed_for_cpu_inverse(packed, state)
             state.absmax = scales
         return functional.dequantize_4bit(packed, state)
 

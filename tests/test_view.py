@@ -470,3 +470,30 @@ def test_the_adapter_keeps_no_model_alive():
     gc.collect()
     assert alive() is None
     assert weight() is None
+
+
+def test_recorded_outputs_leave_no_hooks():
+    """transformers registers its recording hooks in the middle of a forward, at the first call that asks for their outputs."""
+    model, batch = tiny_llama(), {**text_batch(), "output_hidden_states": True, "output_attentions": True}
+    model.set_attn_implementation("eager")
+    before = state_of(model)
+    adapter, params = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(layers=[0]))  # layer 1 has no adapter
+    bound = lf.bind(adapter, model, params)
+    for run in (lambda: adapter(model, params, batch), lambda: bound(**batch)) * 2:
+        out = run()
+        assert len(out.hidden_states) == 3
+        assert len(out.attentions) == 2
+    assert state_of(model) == before
+    assert len(model(**batch).hidden_states) == 3  # now they are on the model, and a view takes them along
+    assert len(adapter(model, params, batch).hidden_states) == 3
+
+
+def test_hooks_on_a_bound_view_stay_there():
+    model, adapter, params = adapted()
+    bound, calls = lf.bind(adapter, model, params), []
+    bound.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    bound.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(2))
+    model(**text_batch())
+    assert calls == []
+    bound(**text_batch())
+    assert calls == [2, 1]
