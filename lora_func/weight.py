@@ -84,7 +84,7 @@ class Packed4bitWeight(LinearWeight):
     def matrix(self) -> Tensor:
         from bitsandbytes import functional  # noqa: PLC0415  (who has such a layer has it)
 
-        packed, state = self.layer.weight.detach().as_subclass(Tensor), self.state
+        packed, state = self.layer.weight.detach(), self.state
         if self.inference_only:
             # bitsandbytes' inverse writes into the state that it is given, quantizes nested scales once more, and leaves
             # plain ones transposed
