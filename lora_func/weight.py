@@ -96,9 +96,7 @@ class Packed4bitWeight(LinearWeight):
         return functional.dequantize_4bit(packed, state)
 
     def __call__(self, z: Tensor) -> Tensor:
-        # the layer computes in the dtype of its first input, or in the one that it was given for float16
-        given = self.layer.compute_type_is_set or z.dtype == torch.float16
-        dtype = (self.layer.compute_dtype if given else None) or z.dtype
+        dtype = self.layer.compute_dtype or z.dtype  # as the layer does: its own, else that of its input
         return frozen_product(z.to(dtype), self).to(z.dtype)
 
 

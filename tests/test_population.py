@@ -260,6 +260,16 @@ def test_a_batch_of_another_size():
         adapter(model, lf.stack(population(params, 2)), text_batch(rows=3))
 
 
+def test_an_input_without_an_example_axis():
+    """One vector of as many entries as there are examples."""
+    model = nn.Linear(6, 6)
+    adapter, params = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(roles=()))
+    with pytest.raises(
+        lf.LoraFuncError, match=r"sees an input of shape \(6,\), whose first axis is not that of the 6 examples"
+    ):
+        adapter(model, lf.stack(population(params, 6)), torch.randn(6))
+
+
 def test_shapes_that_are_no_example_axis():
     model, adapter, params = adapted()
     key, other = list(params)[:2]

@@ -474,7 +474,8 @@ def test_the_adapter_keeps_no_model_alive():
 
 def test_recorded_outputs_leave_no_hooks():
     """transformers registers its recording hooks in the middle of a forward, at the first call that asks for their outputs."""
-    model, batch = tiny_llama(), {**text_batch(), "output_hidden_states": True, "output_attentions": True}
+    batch = {**text_batch(), "output_hidden_states": True, "output_attentions": True}
+    model = tiny_llama().requires_grad_(False)  # else the view copies all that has parameters
     model.set_attn_implementation("eager")
     before = state_of(model)
     adapter, params = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(layers=[0]))  # layer 1 has no adapter
@@ -497,3 +498,24 @@ def test_hooks_on_a_bound_view_stay_there():
     assert calls == []
     bound(**text_batch())
     assert calls == [2, 1]
+
+
+class CallsByReference(nn.Module):
+    """Keeps the bound method of a child, as code that avoids `__call__` does."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.project = self.linear.forward
+
+    def forward(self, x):
+        return self.project(x)
+
+
+def test_a_bound_method_of_an_adapted_layer():
+    """Bound to what stands for the layer, the method is that one's own: the layer's would leave the adapter inert."""
+    model, x = CallsByReference(), torch.randn(3, 4)
+    adapter, params = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(roles=()))
+    params = trained(params)
+    expected = functional_call(model.linear, {"weight": lf.merge(adapter, model, params)["linear.weight"]}, (x,))
+    torch.testing.assert_close(adapter(model, params, x), expected)

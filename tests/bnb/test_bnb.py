@@ -11,6 +11,7 @@ import functools
 import bitsandbytes as bnb
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from cases import CASES
 from models import checkpoint_activations, largest, state_of, text_batch, tiny_llama, trained
 from torch import nn
@@ -218,6 +219,17 @@ def test_jvp_through_a_layer_that_is_not_adapted(device):
     assert not in_transform()
 
 
+def test_the_dtype_in_which_a_layer_computes(device):
+    """bfloat16, as most configurations say, whatever the dtype of the input: the same inside of transforms."""
+    layer = pack(nn.Linear(64, 8), "nf4", device)
+    layer.compute_dtype, layer.compute_type_is_set = torch.bfloat16, True
+    x = torch.randn(3, 64, device=device)
+    given = weight_of(layer)(x)
+    assert given.dtype == torch.float32
+    assert torch.equal(given, given.bfloat16().float())  # a value of bfloat16
+    torch.testing.assert_close(given + layer.bias, layer(x), rtol=1e-2, atol=1e-2)
+
+
 def test_a_bound_view_inside_a_transform(device):
     """A view that was bound outside knows where it is called."""
     packed, plain = pair("nf4", device)
@@ -226,6 +238,16 @@ def test_a_bound_view_inside_a_transform(device):
     embeds = torch.randn(2, 5, 64, device=device)
     given, expected = (grad(lambda e, m=m: m(inputs_embeds=e).logits.square().mean())(embeds) for m in (bound, oracle))
     torch.testing.assert_close(given, expected)
+
+
+def test_patched_by_accelerate():
+    """accelerate binds the layer's own forward; under transforms that of the copy must take its place."""
+    packed, plain = pair("nf4")
+    add_hook_to_module(packed.model.layers[0].mlp.up_proj, ModelHook())
+    add_hook_to_module(packed.model.layers[0].self_attn.q_proj, ModelHook())
+    adapter, params = adapt(packed, lf.LoRA(r=4), "cpu")
+    batch = text_batch()
+    assert near(grad(loss_of(packed, adapter, batch))(params), grad(loss_of(plain, adapter, batch))(params))
 
 
 def test_hooks_run_inside_transforms():
