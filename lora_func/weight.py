@@ -27,6 +27,10 @@ class LinearWeight(Weight):
         return self.layer.weight
 
     @property
+    def device(self) -> torch.device:
+        return self.layer.weight.device
+
+    @property
     def bias(self) -> Tensor | None:
         return self.layer.bias
 
@@ -64,10 +68,6 @@ class Packed4bitWeight(LinearWeight):
     def shape(self) -> tuple[int, int]:
         d_out, d_in = self.state.shape  # not the shape of the packed bytes
         return d_out, d_in
-
-    @property
-    def device(self) -> torch.device:
-        return self.layer.weight.device
 
     @property
     def state(self) -> Any:
@@ -111,10 +111,6 @@ class Packed8bitWeight(LinearWeight):
     def shape(self) -> tuple[int, int]:
         d_out, d_in = self.layer.weight.shape
         return d_out, d_in
-
-    @property
-    def device(self) -> torch.device:
-        return self.layer.weight.device
 
     @property
     def rows_and_scales(self) -> tuple[Tensor | None, Tensor | None]:
