@@ -68,9 +68,8 @@ class Targets:
             found[path] = layer
         for name in self.names:
             if not any(re.search(name, path) for path in found):
-                raise LoraFuncError(
-                    f"{self!r}: {name!r} matches no layer that the other fields admit.{self.hint(name, linear)}"
-                )
+                why = fused(name, model) or self.hint(name, linear)
+                raise LoraFuncError(f"{self!r}: {name!r} matches no layer that the other fields admit.{why}")
         if not found:
             reason = f"; of {listing(uncalled)} the parents use the weight without calling the layer" if uncalled else ""
             raise LoraFuncError(f"{self!r} matches no layer of {type(model).__name__}{reason}.{self.hint('', linear)}")
@@ -125,6 +124,17 @@ def assign(rules: Variant | Mapping[str, Variant], targets: Targets, model: nn.M
                 why = targets.hint(pattern, found)
             raise LoraFuncError(f"the pattern {pattern!r} names no layer.{why}")
     return chosen
+
+
+def fused(name: str, model: nn.Module) -> str:
+    """For an error: what `name` matches where a model keeps the matrices of all experts in one tensor."""
+    for path, parameter in model.named_parameters():
+        if parameter.dim() == 3 and re.search(name, path):
+            return (
+                f" {path!r} fuses {parameter.shape[0]} matrices in one tensor of shape {tuple(parameter.shape)}, which no "
+                "linear layer applies, so there is nothing to adapt; adapt the attention around it"
+            )
+    return ""
 
 
 def check_pattern(pattern: str) -> None:

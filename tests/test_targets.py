@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from models import adapted, mlp, tiny_llama
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
@@ -119,3 +120,9 @@ def test_a_layer_that_cannot_be_read_is_refused_by_its_class():
         lf.adapt(model, lf.LoRA(r=2))
     adapter, _ = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(exclude=("1",)))
     assert adapter.targets == ("0",)
+
+
+def test_fused_experts_are_refused_by_name():
+    model = ARCHITECTURES["mixtral"][0]()
+    with pytest.raises(lf.LoraFuncError, match=r"experts\.\w+' fuses 4 matrices in one tensor of shape \(4, 96, 32\)"):
+        lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(names=(r"experts",)))
