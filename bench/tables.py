@@ -95,6 +95,24 @@ def population(kind: str) -> str:
     return f"{table}\n\n{about} {ran_on(result)}."
 
 
+def headline(kind: str) -> str:
+    """The largest population, in a sentence."""
+    result = json.loads((RESULTS / f"population-{kind}.json").read_text())
+    row = max(result["rows"], key=lambda row: row["K"])
+    ms, mib = row["milliseconds"], row["mebibytes"]
+    return (
+        f"{row['K']} LoRAs on one {kind.upper()}: {ms['population'] / ms['base']:.2f} times the time and "
+        f"{mib['population'] / mib['base']:.2f} times the memory of the frozen base on the same batch, "
+        f"{ms['one by one'] / ms['population']:.0f} times faster than one by one."
+    )
+
+
+def view(kind: str) -> str:
+    result = json.loads((RESULTS / f"view-{kind}.json").read_text())
+    rows = [[row["step"], f"{row['milliseconds']:.1f}"] for row in result["rows"]]
+    return f"{markdown(rows, ['28 layers, 56 adapted', 'ms'])}\n\n{ran_on(result)}."
+
+
 def quantized(kind: str) -> str:
     result = json.loads((RESULTS / f"quantized-{kind}.json").read_text())
     s = result["settings"]
@@ -117,6 +135,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead-cpu": lambda: overhead("cpu"),
     "overhead-h100": lambda: overhead("h100"),
     "launches-h100": lambda: launches("h100"),
+    "population-headline": lambda: headline("h100"),
+    "view-cpu": lambda: view("cpu"),
     "quantized-cpu": lambda: quantized("cpu"),
     "population-cpu": lambda: population("cpu"),
     "population-h100": lambda: population("h100"),

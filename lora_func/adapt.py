@@ -184,11 +184,11 @@ class Adapter:
                 raise LoraFuncError(f"params[{key!r}] is {given}, where a floating tensor of shape {tuple(shape)} was expected")
             if leaf.shape == shape:
                 continue
-            own = f"params[{key!r}] has shape {tuple(leaf.shape)}, where {tuple(shape)} was expected"
-            if leaf.shape[1:] != shape:
-                raise LoraFuncError(own + (f", or {('n', *shape)} with an example axis" if examples else ""))
-            if not examples:
-                raise LoraFuncError(f"{own}: it has an example axis. Take one adapter of it, as in lf.unstack(params)[0]")
+            if leaf.shape[1:] != shape or not examples:
+                hint = f", or {('n', *shape)} with an example axis" if examples else ""
+                if leaf.shape[1:] == shape:
+                    hint = ": it has an example axis. Take one adapter of it, as in lf.unstack(params)[0]"
+                raise LoraFuncError(f"params[{key!r}] has shape {tuple(leaf.shape)}, where {tuple(shape)} was expected{hint}")
             if n is None:
                 n, first = leaf.shape[0], key
             elif leaf.shape[0] != n:

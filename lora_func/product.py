@@ -17,15 +17,18 @@ from torch.autograd import forward_ad
 from .variant import Weight
 
 
-def frozen_product(x: Tensor, weight: Weight) -> Tensor:
-    """`x Wᵀ` in the dtype of x, where `weight.dense()` is W `[d_out, d_in]`. Keeps nothing for backward but `weight`."""
+def frozen_product(x: Tensor, weight: Weight, transpose: bool = False) -> Tensor:
+    """`x Wᵀ`, or `x W` with `transpose`, where `weight.dense()` is W `[d_out, d_in]`, in the dtype of x.
+
+    Keeps nothing for backward but `weight`. Linear in x, so its derivatives are products of the same kind, of any order.
+    """
     # dynamo traces no function with a jvp of its own; compiled code has grad and vmap, and says so of jvp
     product = Product if torch.compiler.is_compiling() else ProductWithJvp
-    return product.apply(x, weight, False)
+    return product.apply(x, weight, transpose)
 
 
 class Product(torch.autograd.Function):
-    """Linear in x, so its derivatives are products of the same kind, as often as one asks for them."""
+    """What `frozen_product` is for autograd."""
 
     generate_vmap_rule = True
 
@@ -40,19 +43,15 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
-        return Product.apply(grad, ctx.weight, not ctx.transpose), None, None
+        return frozen_product(grad, ctx.weight, not ctx.transpose), None, None
 
 
 class ProductWithJvp(Product):
     """The same, with forward mode."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
-        return ProductWithJvp.apply(grad, ctx.weight, not ctx.transpose), None, None
-
-    @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:  # pyright: ignore
-        return ProductWithJvp.apply(tangent, ctx.weight, ctx.transpose)
+        return frozen_product(tangent, ctx.weight, ctx.transpose)
 
 
 def in_transform() -> bool:

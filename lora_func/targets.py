@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from .errors import LoraFuncError, listing, near_misses
 from .variant import Variant
@@ -121,19 +122,21 @@ def assign(rules: Variant | Mapping[str, Variant], targets: Targets, model: nn.M
             elif left_out:
                 why = f" It matches {listing(left_out)}, which {targets!r} leaves out"
             else:
-                why = targets.hint(pattern, found)
+                why = fused(pattern, model) or targets.hint(pattern, found)
             raise LoraFuncError(f"the pattern {pattern!r} names no layer.{why}")
     return chosen
 
 
 def fused(name: str, model: nn.Module) -> str:
     """For an error: what `name` matches where a model keeps the matrices of all experts in one tensor."""
-    for path, parameter in model.named_parameters():
-        if parameter.dim() == 3 and re.search(name, path):
-            return (
-                f" {path!r} fuses {parameter.shape[0]} matrices in one tensor of shape {tuple(parameter.shape)}, which no "
-                "linear layer applies, so there is nothing to adapt; adapt the attention around it"
-            )
+    for path, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            whole = f"{path}.{own}"
+            if parameter.dim() == 3 and re.search(name, whole) and not isinstance(module, _ConvNd):
+                return (
+                    f" {whole!r} fuses {parameter.shape[0]} matrices in one tensor of shape {tuple(parameter.shape)}, which no "
+                    "linear layer applies, so there is nothing to adapt; adapt the attention around it"
+                )
     return ""
 
 

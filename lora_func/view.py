@@ -2,8 +2,9 @@
 
 Copied is only what must differ: the containers on the way to a replaced layer, and modules whose parameters require grad,
 which the copy holds detached, so that the base is frozen without a `requires_grad_(False)` on the user's model. A copy is a
-new object with a copy of the original's `__dict__`; weights, buffers, hooks and all other modules are shared. A view is made
-anew for every call, which takes about a millisecond, so it follows the model as it is now: train or eval, moved, patched,
+new object with a copy of the original's `__dict__` and of its tables of hooks; weights, buffers, the hooks themselves and all
+other modules are shared. Layers with packed weights, and modules that transformers is about to hook, are copied too. A view is
+made anew for every call, which takes a millisecond or two, so it follows the model as it is now: train or eval, moved, patched,
 checkpointed. Nothing in it is shared between calls, so threads and nested transforms cannot meet in it. It is made by plain
 Python that torch.compile traces, so a compiled call guards on the model and is traced again when the model changes.
 """
@@ -130,9 +131,9 @@ def safe(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a layer with a packed weight, which runs the layer's own kernel, but under transforms its `Weight`."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        weight = weight_of(self)
-        if in_transform() or (weight.inference_only and torch.is_grad_enabled() and x.requires_grad):
-            out = weight(x)
+        wants_grad = x.requires_grad and torch.is_grad_enabled()
+        if in_transform() or (wants_grad and weight_of(self).inference_only):
+            out = weight_of(self)(x)
             return out if self.bias is None else out + self.bias.to(out.dtype)
         return kind.forward(self, x, *args, **kwargs)
 

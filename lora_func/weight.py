@@ -27,6 +27,11 @@ class LinearWeight(Weight):
         return self.layer.weight
 
     @property
+    def shape(self) -> tuple[int, int]:  # of the stored weight, so that a packed one is not unpacked to know it
+        d_out, d_in = self.layer.weight.shape
+        return d_out, d_in
+
+    @property
     def device(self) -> torch.device:
         return self.layer.weight.device
 
@@ -45,6 +50,11 @@ class Conv1DWeight(LinearWeight):
     @property
     def matrix(self) -> Tensor:
         return self.layer.weight.mT
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        d_in, d_out = self.layer.weight.shape
+        return d_out, d_in
 
     def as_stored(self, W: Tensor) -> Tensor:
         return W.mT
@@ -106,11 +116,6 @@ class Packed8bitWeight(LinearWeight):
     The product here is with the dequantized matrix. The layer's own kernel also quantizes its input, in eval mode and always
     on CUDA, and differs from this by 1e-2.
     """
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        d_out, d_in = self.layer.weight.shape
-        return d_out, d_in
 
     @property
     def rows_and_scales(self) -> tuple[Tensor | None, Tensor | None]:
@@ -179,7 +184,8 @@ def check_layer(path: str, layer: Any) -> None:
             f"{path!r} is a {kind} that is not quantized yet: move the model to its device first, then adapt it"
         )
     packed = isinstance(weight, (Packed4bitWeight, Packed8bitWeight))
-    if not isinstance(stored, Tensor) or not (packed or stored.is_floating_point()) or weight.shape != features(layer):
+    readable = isinstance(stored, Tensor) and (packed or (stored.is_floating_point() and stored.dim() == 2))
+    if not readable or weight.shape != features(layer):
         given = f"a weight of {stored.dtype} and shape {tuple(stored.shape)}" if isinstance(stored, Tensor) else "no weight"
         raise LoraFuncError(
             f"{path!r} is a {kind} with {given}, where a floating one of shape {features(layer)} was expected; this way of "

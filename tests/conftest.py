@@ -34,5 +34,6 @@ def gsm8k() -> Path:
     """The GSM8K question/answer files, which lie beside the project and are no part of it."""
     folder = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
     if not (folder / "train.jsonl").is_file():
+        # not ours to copy, so a lone checkout has none; that the format is read is tested there with lines of our own
         pytest.skip(f"needs GSM8K as train.jsonl in {folder}")
     return folder

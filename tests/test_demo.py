@@ -55,6 +55,16 @@ def test_examples_from_a_folder(tmp_path):
     assert len(data.find_examples(tmp_path, 20, 3, seed=0)[0]) == 10
 
 
+def test_the_format_of_gsm8k(gsm8k):
+    """The real files: a question, and an answer that ends in its number after ####."""
+    train, held_out, source = data.find_examples(gsm8k, 50, 10, seed=0)
+    assert (len(train), len(held_out), source) == (50, 10, str(gsm8k))
+    for example in (*train, *held_out):
+        assert example.question
+        assert re.search(r"#### -?[\d,.]+$", example.answer)
+    assert not {example.question for example in train} & {example.question for example in held_out}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -56,6 +58,18 @@ def test_generated_tables_are_current(page):
     """`python bench/tables.py` writes them."""
     text = page.read_text(encoding="utf-8")
     assert tables_module().filled(text) == text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_results_name_a_commit_of_this_history(path):
+    """A machine without the history is told the commit by hand, and a hand can err."""
+    commit = json.loads(path.read_text(encoding="utf-8"))["where"]["commit"].removesuffix("-dirty")
+    shallow = subprocess.run(
+        ["git", "rev-parse", "--is-shallow-repository"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if shallow.stdout.strip() != "false":
+        pytest.skip("needs the whole git history, which this checkout does not have")
+    assert subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=ROOT, check=False).returncode == 0
 
 
 def test_the_version_is_in_the_changelog():

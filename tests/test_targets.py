@@ -124,5 +124,19 @@ def test_a_layer_that_cannot_be_read_is_refused_by_its_class():
 
 def test_fused_experts_are_refused_by_name():
     model = ARCHITECTURES["mixtral"][0]()
-    with pytest.raises(lf.LoraFuncError, match=r"experts\.\w+' fuses 4 matrices in one tensor of shape \(4, 96, 32\)"):
+    text = r"experts\.\w+' fuses 4 matrices in one tensor of shape \(4, 96, 32\)"
+    with pytest.raises(lf.LoraFuncError, match=text):
         lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(names=(r"experts",)))
+    with pytest.raises(lf.LoraFuncError, match=text):
+        lf.adapt(model, {r"experts": lf.LoRA(r=2)})
+    with pytest.raises(lf.LoraFuncError, match=r"other fields admit\. Its linear"):
+        lf.adapt(ARCHITECTURES["mamba"][0](), lf.LoRA(r=2), targets=lf.Targets(names=("conv1d",)))  # 3-D, but no fusion
+
+
+def test_a_float_weight_that_is_no_matrix():
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.zeros(2, 4, 4))
+    with pytest.raises(
+        lf.LoraFuncError, match=r"a Linear with a weight of torch.float32 and shape \(2, 4, 4\), where .* \(4, 4\)"
+    ):
+        lf.adapt(nn.Sequential(layer), lf.LoRA(r=2))
