@@ -138,6 +138,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "population-headline": lambda: headline("h100"),
     "view-cpu": lambda: view("cpu"),
     "quantized-cpu": lambda: quantized("cpu"),
+    "quantized-h100": lambda: quantized("h100"),
     "population-cpu": lambda: population("cpu"),
     "population-h100": lambda: population("h100"),
 }

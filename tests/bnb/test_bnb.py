@@ -43,7 +43,8 @@ def pack(layer: nn.Linear, kind: str, device: str) -> nn.Module:
     options = {"bias": layer.bias is not None}
     if kind == "int8":
         packed = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False, **options)
-        packed.weight = bnb.nn.Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
+        data = layer.weight.data.to("cpu", copy=True)  # quantized on its way from the CPU, and only there
+        packed.weight = bnb.nn.Int8Params(data, requires_grad=False, has_fp16_weights=False)
     else:
         packing = {"quant_type": kind[:3], "compress_statistics": kind.endswith("nested")}
         packed = bnb.nn.Linear4bit(layer.in_features, layer.out_features, compute_dtype=torch.float32, **packing, **options)
