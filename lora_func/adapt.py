@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .calibrate import collect
 from .errors import LoraFuncError, listing, near_misses
 from .targets import Targets, assign
 from .variant import Params, Variant, Weight
-from .view import AdaptedLayer, Site, make_view
-from .weight import check_layer, fingerprint, weight_of
+from .view import AdaptedLayer, Site, call_arguments, make_view
+from .weight import check_layer, check_offload, fingerprint, offloading, weight_of
 
 SHARED = "shared"  # stands for the path in the flat keys of tensors that all layers of a variant share
 # Dynamo before 2.13 cannot iterate over `module.__dict__`, though it can over a dict that it meets as a value.
 DYNAMO_READS_DICT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
+@torch.inference_mode(False)  # tensors made in inference mode could never be trained
 def adapt(
     model: nn.Module,
     rules: Variant | Mapping[str, Variant],
     *,
     targets: Targets = Targets(),
     generator: torch.Generator | None = None,
+    calibration: Iterable[Any] | None = None,
+    stats: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Adapter, dict[str, Tensor]]:
     """An adapter for `model`, and fresh parameters for it. The model is not modified.
@@ -39,6 +44,9 @@ def adapt(
             names its variant, and targets that no pattern matches are left alone.
         targets: which layers.
         generator: the only source of randomness; None is torch's default generator.
+        calibration: batches of data for variants that look at some, each in the form that the model is called with; one pass
+            over them serves all variants (see `collect`). A layer to which a variant then gives no parameters drops out.
+        stats: path -> what `collect` found for the layer, instead of calibration.
         dtype: of the trainable parameters. Frozen constants stay in float32 (float64 where the weight is).
 
     Returns:
@@ -46,7 +54,8 @@ def adapt(
         `"<path>.lora_<name>" -> tensor`, each on the device of its layer, without requires_grad.
 
     Raises:
-        LoraFuncError: no target, a pattern that names none, hyperparameters that a layer does not allow.
+        LoraFuncError: no target, a pattern that names none, hyperparameters that a layer does not allow, a variant that needs
+            calibration and has none, or the other way round.
     """
     if not isinstance(model, nn.Module):
         raise LoraFuncError(f"model must be a torch.nn.Module, and not {type(model).__name__}")
@@ -55,9 +64,20 @@ def adapt(
     chosen = assign(rules, targets, model)
     variants = {path: variant for path, (variant, _) in chosen.items()}
     layers = {path: layer for path, (_, layer) in chosen.items()}
+    check_offload(model, layers)
     for path, layer in layers.items():
         check_layer(path, layer)
-    trainable, frozen = draw(variants, {path: weight_of(layer) for path, layer in layers.items()}, generator)
+    if calibration is not None:
+        if stats is not None:
+            raise LoraFuncError("calibration= and stats= were both given; stats are what a calibration returned")
+        stats = calibrate(model, variants, calibration)
+    trainable, frozen = draw(variants, {path: weight_of(layer) for path, layer in layers.items()}, generator, stats)
+    given = by_path({**trainable, **frozen})
+    if SHARED not in given:
+        variants = {path: variant for path, variant in variants.items() if path in given}
+        layers = {path: layers[path] for path in variants}
+    if not variants:
+        raise LoraFuncError(f"{listing(chosen)}: the variants gave parameters to none of the layers")
     params = {key: leaf.to(dtype) for key, leaf in trainable.items()}
     base = {path: Base(weight_of(layer).shape, fingerprint(layer)) for path, layer in layers.items()}
     adapter = Adapter(variants, {key: leaf.shape for key, leaf in params.items()}, frozen, base, dtype)
@@ -144,17 +164,63 @@ class Adapter:
                     "saved tensors. Use lf.value_and_grad or plain autograd outside of transforms, or switch it off "
                     "(gradient_checkpointing_disable)"
                 ) from error
+            if "data pointer" in str(error) and any(offloading(module) for module in model.modules()):
+                raise LoraFuncError(
+                    "torch.func transforms cannot run through weights that accelerate offloads to the disk. Use "
+                    "lf.value_and_grad or plain autograd outside of transforms, or offload to the CPU"
+                ) from error
             raise
 
-    def init(self, model: nn.Module, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Fresh parameters for this adapter, as `adapt` draws them. A leaf with an anchor starts at it (see `Params`)."""
+    @torch.inference_mode(False)
+    def init(
+        self, model: nn.Module, *, generator: torch.Generator | None = None, stats: Mapping[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        """Fresh parameters for this adapter, as `adapt` draws them. A leaf with an anchor starts at it (see `Params`).
+
+        `stats`: path -> what `collect` found for the layer, for variants whose trainable leaves start from data (EVA).
+        """
         layers = self.layers(model)
         anchored = {key: self.frozen[f"{key}0"] for key in self.shapes if f"{key}0" in self.frozen}
         drawn = {site.path: site.variant for site in self._sites if not anchored.keys() >= set(self.keys_of(site.path))}
-        trainable, _ = draw(drawn, {path: weight_of(layers[path]) for path in drawn}, generator) if drawn else ({}, {})
+        weights = {path: weight_of(layers[path]) for path in drawn}
+        trainable, _ = draw(drawn, weights, generator, stats) if drawn else ({}, {})
         start = {**trainable, **anchored}
+        for key, shape in self.shapes.items():
+            if key not in start or start[key].shape != shape:
+                found = f"shape {tuple(start[key].shape)}" if key in start else "no parameters"
+                raise LoraFuncError(f"{key!r} has shape {tuple(shape)} in this adapter, and {found} by these stats; adapt anew")
         return {key: start[key].to(self.dtype, copy=True) for key in self.shapes}
 
+    def replace(self, **fields: Any) -> Adapter:
+        """A new Adapter with other hyperparameters in every variant that has them, as in `adapter.replace(coeff=-1.0)`.
+
+        Raises LoraFuncError for a field that no variant has, and for a value that takes parameters of other shapes.
+        """
+        known = {field.name for variant in self.variants.values() for field in dataclasses.fields(variant)}
+        if unknown := [name for name in fields if name not in known]:
+            raise LoraFuncError(f"no variant of this adapter has a field {listing(unknown)}.{near_misses(unknown[0], known)}")
+        variants = {}
+        for path, variant in self.variants.items():
+            own = {field.name for field in dataclasses.fields(variant)}
+            variants[path] = dataclasses.replace(variant, **{name: value for name, value in fields.items() if name in own})
+        leaves = {key: torch.empty(shape, device="meta") for key, shape in self.shapes.items()} | dict(self.frozen)
+        trainable, frozen = blank(variants, self.base, leaves)
+        expected = {**trainable, **frozen}
+        for key, leaf in leaves.items():
+            if key not in expected or expected[key].shape != leaf.shape:
+                raise LoraFuncError(f"{fields} takes other parameters than {key!r} of shape {tuple(leaf.shape)}; adapt anew")
+        return Adapter(variants, self.shapes, self.frozen, self.base, self.dtype)
+
+    @property
+    def lr_scale(self) -> dict[str, float]:
+        """flat key -> the factor by which the leaf should learn faster than others, as its variant says (LoRA+)."""
+        scales = {}
+        for site in self._sites:
+            for name, (key, _) in site.leaves.items():
+                scales[key] = float(site.variant.lr_scale.get(name, 1.0))
+        return {key: scales[key] for key in self.shapes}
+
+    @torch.inference_mode(False)
     def to(self, *args: Any, **kwargs: Any) -> Adapter:
         """A new Adapter whose frozen constants went through `Tensor.to`, as in `adapter.to("cuda")`."""
         frozen = {key: leaf.to(*args, **kwargs) for key, leaf in self.frozen.items()}
@@ -201,6 +267,7 @@ class Adapter:
         modules = dict(model.named_modules(remove_duplicate=False))
         if missing := [path for path in self.variants if path not in modules]:
             raise LoraFuncError(missing_modules(model, missing))
+        check_offload(model, self.variants)
         for path, base in self.base.items():
             check_layer(path, modules[path])
             if weight_of(modules[path]).shape != base.shape:
@@ -266,16 +333,39 @@ def bind(adapter: Adapter, model: nn.Module, params: Mapping[str, Tensor]) -> nn
     return adapter._view(model, params, whole=True)
 
 
+def calibrate(model: nn.Module, variants: Mapping[str, Variant], batches: Iterable[Any]) -> dict[str, Any]:
+    """path -> stats, for the layers whose variant has a statistic. Raises LoraFuncError where none has."""
+    statistics = {path: variant.statistic for path, variant in variants.items()}
+    wanted = {path: statistic for path, statistic in statistics.items() if statistic is not None}
+    if not wanted:
+        kinds = listing(dict.fromkeys(type(variant).__name__ for variant in variants.values()))
+        raise LoraFuncError(f"calibration= was given, and {kinds} looks at no data: leave it out")
+    return collect(model, wanted, batches, wanted)
+
+
 @torch.no_grad()
 def draw(
-    variants: Mapping[str, Variant], weights: Mapping[str, Weight], generator: torch.Generator | None
+    variants: Mapping[str, Variant],
+    weights: Mapping[str, Weight],
+    generator: torch.Generator | None,
+    stats: Mapping[str, Any] | None = None,
+    like: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Fresh trainable and frozen leaves of all layers, as two flat dicts. Raises LoraFuncError with the path of the layer."""
+    """Fresh trainable and frozen leaves of all layers, as two flat dicts. Raises LoraFuncError with the path of the layer.
+
+    `stats`: path -> what calibration found. `like`: path -> leaves under short names; then nothing is drawn, and the leaves
+    are what `Variant.like` says.
+    """
     trainable: dict[str, Tensor] = {}
     frozen: dict[str, Tensor] = {}
     sharing: dict[str, Variant] = {}
 
     def add(path: str, drawn: Params, device: torch.device) -> None:
+        if device.type != "meta" and any(leaf.is_meta for leaf in (drawn.trainable | drawn.frozen).values()):
+            raise LoraFuncError(
+                f'the layer is on {device}, and its parameters were drawn on "meta", without data: call outside of '
+                'torch.device("meta")'
+            )
         for leaves, flat in ((drawn.trainable, trainable), (drawn.frozen, frozen)):
             flat.update({flat_key(path, name): leaf.to(device).contiguous() for name, leaf in leaves.items()})
 
@@ -291,10 +381,22 @@ def draw(
         add(SHARED, shared, group[0].device)
     for path, variant in variants.items():
         try:
-            add(path, variant.init(weights[path], generator), weights[path].device)
+            if like is None:
+                add(path, variant.init(weights[path], generator, (stats or {}).get(path)), weights[path].device)
+            else:
+                add(path, variant.like(weights[path], like.get(path, {})), weights[path].device)
         except LoraFuncError as error:
             raise LoraFuncError(f"{path!r}: {error}") from error
     return trainable, frozen
+
+
+def blank(
+    variants: Mapping[str, Variant], base: Mapping[str, Base], leaves: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What `draw` would return, on the meta device: nothing is drawn, and no decomposition is computed."""
+    given = {path: {name: leaf for name, (_, leaf) in own.items()} for path, own in by_path(leaves).items()}
+    with torch.device("meta"):
+        return draw(variants, {path: Weight(torch.empty(base[path].shape)) for path in variants}, None, like=given)
 
 
 def flat_key(path: str, name: str) -> str:
@@ -309,24 +411,6 @@ def by_path(flat: Mapping[str, Any]) -> dict[str, dict[str, tuple[str, Any]]]:
         path, _, name = key.rpartition("lora_")
         nested.setdefault(path.removesuffix("."), {})[name] = (key, value)
     return nested
-
-
-def call_arguments(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """`(args, kwargs)` for the model. Raises LoraFuncError for what cannot be a batch."""
-    if isinstance(batch, Mapping):
-        if not all(isinstance(name, str) for name in batch):
-            raise LoraFuncError(
-                f"a mapping batch becomes keyword arguments, so its keys must be strings, and not {list(batch)!r}"
-            )
-        return (), batch
-    if isinstance(batch, (tuple, list)):
-        return batch, {}
-    if batch is None or isinstance(batch, (str, bytes, bool, int, float, set, frozenset, Iterator)):
-        raise LoraFuncError(
-            f"batch is {type(batch).__name__}; expected a mapping of keyword arguments such as {{'input_ids': ids}}, a tuple "
-            "or list of positional ones, or the one argument of the model, such as a tensor"
-        )
-    return (batch,), {}
 
 
 def key_mismatch(given: Iterable[str], expected: Iterable[str]) -> str:

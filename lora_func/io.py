@@ -12,12 +12,14 @@ The tensors are the flat dicts of trainable and frozen leaves. The metadata has 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import secrets
+import shutil
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,9 +30,9 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from .adapt import Adapter, Base, by_path, draw, key_mismatch
+from .adapt import Adapter, Base, blank, by_path, key_mismatch
 from .errors import LoraFuncError, listing, near_misses
-from .variant import Variant, Weight
+from .variant import Variant
 from .variants import VARIANTS
 from .version import __version__
 from .weight import fingerprint, weight_of
@@ -40,7 +42,7 @@ KEY = "lora_func"
 
 
 def save(path: str | os.PathLike[str], adapter: Adapter, params: Mapping[str, Tensor]) -> None:
-    """Writes `adapter` with `params` to one file, which replaces an older one only when it is whole.
+    """Writes `adapter` with `params` to one file, which replaces an older one only when it is whole, and keeps its mode.
 
     Raises LoraFuncError for params that are not the adapter's, for a variant whose fields are not plain values, and for a
     path that cannot be a file; OSError where the disk refuses. An existing file survives each of these.
@@ -49,6 +51,8 @@ def save(path: str | os.PathLike[str], adapter: Adapter, params: Mapping[str, Te
     path = Path(os.path.realpath(path))
     if path.is_dir():
         raise LoraFuncError(f"{str(path)!r} is a folder; give the path of a file in it")
+    if path.exists() and not path.is_file():
+        raise LoraFuncError(f"{str(path)!r} is a device or a pipe, which a file would replace; give the path of a file")
     if not path.parent.is_dir():
         raise LoraFuncError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}; make it first")
     variants = list(dict.fromkeys(adapter.variants.values()))
@@ -84,11 +88,14 @@ def load(
     if check_base not in ("warn", "error"):
         raise LoraFuncError(f"check_base={check_base!r}; expected 'warn' or 'error'")
     path = Path(path)
+    if path.is_dir():
+        raise LoraFuncError(f"{str(path)!r} is a folder; give the path of a file in it")
     if not path.is_file():
         raise LoraFuncError(f"there is no file {str(path)!r}")
     catalogue = {**VARIANTS, **{kind.name(): kind for kind in variants}}
     try:
-        return restore(path.read_bytes(), model, catalogue, check_base)
+        with torch.inference_mode(False):  # see adapt
+            return restore(path.read_bytes(), model, catalogue, check_base)
     except LoraFuncError as error:
         raise LoraFuncError(f"{str(path)!r}: {error}") from error
 
@@ -99,8 +106,8 @@ def restore(
     """`load` from the bytes of a file."""
     try:
         tensors = safetensors.load(content)
-        metadata = split(content)[0].get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        metadata = split(content)[0].get("__metadata__") or {}
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise LoraFuncError(f"not a whole safetensors file, so it was truncated or altered ({error})") from error
     if KEY not in metadata:
         raise LoraFuncError("a safetensors file, but not one that lora_func.save wrote")
@@ -113,17 +120,26 @@ def restore(
         if meta.pop("digest") != digest(meta, content):
             raise LoraFuncError("the file was altered after it was saved: its digest is not that of its content")
         kinds = [make_variant(name, fields, catalogue) for name, fields in meta["variants"]]
-        assigned = {target: kinds[index] for target, (index, _, _, _) in meta["targets"].items()}
-        base = {target: Base((int(rows), int(cols)), mark) for target, (_, rows, cols, mark) in meta["targets"].items()}
+        assigned, base = {}, {}
+        for target, (index, rows, cols, mark) in meta["targets"].items():
+            if not all(type(n) is int and n >= 0 for n in (index, rows, cols)) or not isinstance(mark, (str, type(None))):
+                raise TypeError(f"the entry of target {target!r}")
+            assigned[target], base[target] = kinds[index], Base((rows, cols), mark)
         constants = set(meta["frozen"])
-    except LoraFuncError:
+        if not assigned or not all(isinstance(key, str) for key in constants):
+            raise TypeError("no targets, or a key that is not a string")
+    except (LoraFuncError, MemoryError):
         raise
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+    except Exception as error:  # of any kind: a value may be one that a user's own variant did not think of
         raise LoraFuncError(f"the file was altered: its metadata is not what lora_func.save writes ({error!r})") from error
 
     layers = Adapter(assigned, {}, {}, base, torch.float32).layers(model)
-    with torch.device("meta"):  # shapes alone: nothing is drawn, and no decomposition is computed
-        trainable, frozen = draw(assigned, {target: on_meta(layer) for target, layer in layers.items()}, None)
+    try:
+        trainable, frozen = blank(assigned, base, tensors)
+    except LoraFuncError:
+        raise
+    except Exception as error:  # of any kind, as above: a rank of 10**30 overflows
+        raise LoraFuncError(f"no layer can have the parameters of {listing(kinds)} ({error!r})") from error
     for kind, given, expected in (("trainable", tensors.keys() - constants, trainable), ("frozen", constants, frozen)):
         if given != expected.keys():
             raise LoraFuncError(f"{kind} {key_mismatch(given, expected)}")
@@ -137,12 +153,12 @@ def restore(
     compare_fingerprints(base, layers, check_base)
 
     device = {
-        key: layers[path].weight.device
+        key: weight_of(layers[path]).device
         for path, leaves in by_path(tensors).items()
         if path in layers
         for key, _ in leaves.values()
     }
-    first = next(iter(layers.values())).weight.device  # of tensors that all layers share
+    first = weight_of(next(iter(layers.values()))).device  # of tensors that all layers share
     # cloned: safetensors hands tensors out at 8-byte alignment, where the CPU's matrix kernels differ in the last bits
     placed = {key: tensors[key].clone().to(device.get(key, first)) for key in {**trainable, **frozen}}
     params = {key: placed[key] for key in trainable}
@@ -161,11 +177,14 @@ def plain_fields(variant: Variant) -> dict[str, Any]:
     """The hyperparameters as JSON values. Raises LoraFuncError for a field that is something else."""
     fields = {field.name: getattr(variant, field.name) for field in dataclasses.fields(variant)}
     for name, value in fields.items():
-        if not isinstance(value, (bool, int, float, str, type(None))) or (
-            isinstance(value, float) and not math.isfinite(value)
-        ):
+        if not is_plain(value):
             raise LoraFuncError(f"{variant}: a file can store numbers, strings, booleans and None, but {name} is {value!r}")
     return fields
+
+
+def is_plain(value: object) -> bool:
+    """Whether a file can hold `value` as a hyperparameter."""
+    return isinstance(value, (bool, int, str, type(None))) or (isinstance(value, float) and math.isfinite(value))
 
 
 def make_variant(name: str, fields: Mapping[str, Any], catalogue: Mapping[str, type[Variant]]) -> Variant:
@@ -176,7 +195,9 @@ def make_variant(name: str, fields: Mapping[str, Any], catalogue: Mapping[str, t
             "own class as load(..., variants=[Mine])"
         )
     known = [field.name for field in dataclasses.fields(catalogue[name])]
-    for field in fields:
+    for field, value in fields.items():
+        if not is_plain(value):
+            raise LoraFuncError(f"field {field!r} of {name!r} is not a number, a string, a boolean or None")
         if field not in known:
             raise LoraFuncError(
                 f"unknown field {field!r} of {name!r}.{near_misses(field, known)} Known are {listing(known, limit=50)}"
@@ -201,17 +222,10 @@ def compare_fingerprints(base: Mapping[str, Base], layers: Mapping[str, nn.Modul
         warnings.warn(message + ", or expect other results", stacklevel=4)
 
 
-def on_meta(layer: nn.Module) -> Weight:
-    """The layer's `Weight` without its data, for shapes."""
-    weight = weight_of(layer)
-    bias = None if weight.bias is None else torch.empty_like(weight.bias, device="meta")
-    return Weight(torch.empty(weight.shape, dtype=torch.float32, device="meta"), bias)
-
-
-def split(content: bytes) -> tuple[dict[str, Any], bytes]:
+def split(content: bytes) -> tuple[dict[str, Any], memoryview]:
     """The JSON header and the data of a safetensors file (its format: 8 bytes of little-endian length, header, data)."""
     length = int.from_bytes(content[:8], "little")
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
+    return json.loads(content[8 : 8 + length]), memoryview(content)[8 + length :]
 
 
 def digest(meta: Mapping[str, Any], content: bytes) -> str:
@@ -219,14 +233,22 @@ def digest(meta: Mapping[str, Any], content: bytes) -> str:
     tensors, data = split(content)
     tensors.pop("__metadata__", None)
     described = json.dumps([meta, tensors], sort_keys=True)
-    return hashlib.sha256(described.encode() + data).hexdigest()
+    total = hashlib.sha256(described.encode())
+    total.update(data)
+    return total.hexdigest()
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes beside `path` and renames, so that whatever happens there is the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    """Writes beside `path` and renames, so that whatever happens there is the old file or the new one.
+
+    The new one has the mode of the old one, else what the umask leaves. A process that is killed can leave its temporary file
+    behind, under a hidden name that ends in .tmp.
+    """
+    temporary = path.with_name(f".{path.name[:32]}.{secrets.token_hex(4)}.tmp")  # cut: names have at most 255 bytes
     try:
         with open(temporary, "xb") as file:
+            if path.exists():
+                shutil.copymode(path, temporary)  # before there is anything to read in it
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -234,3 +256,9 @@ def replace_file(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    with contextlib.suppress(OSError):  # Windows and some file systems cannot sync a folder, that is, the rename
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -12,7 +12,7 @@ from .adapt import Adapter
 from .errors import LoraFuncError, listing
 from .numerics import at_least_float32
 from .variant import Weight
-from .weight import weight_of
+from .weight import computes_weight, weight_of
 
 
 def merge(
@@ -31,7 +31,8 @@ def merge(
         it is for a float model.
 
     Raises:
-        LoraFuncError: bad `params` or model; a variant without a closed form; a weight that another module uses too.
+        LoraFuncError: bad `params` or model; a variant without a closed form; a weight that another module uses too, or that
+            its layer computes from other tensors.
     """
     adapter.check(params, examples=False)
     users = defaultdict(set)  # id of a parameter -> the paths of the modules that hold it
@@ -40,6 +41,12 @@ def merge(
             users[id(parameter)].add(path)
     merged = {}
     for path, layer in adapter.layers(model).items():
+        if computes_weight(layer):
+            raise LoraFuncError(
+                f"{path!r} computes its weight from other tensors, as weight_norm does, so a merged one has no place in it. "
+                "First make it a plain layer, which the adapter fits as well, by torch.nn.utils.parametrize."
+                "remove_parametrizations (remove_weight_norm, remove_spectral_norm or prune.remove, for the older ones)"
+            )
         if others := users[id(layer.weight)] - {path}:
             raise LoraFuncError(f"{path!r} shares its weight with {listing(sorted(others))}, which merging would change too")
         stored = weight_of(layer)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import LoraFuncError
-from .variant import Weight
+from .variant import Params, Variant, Weight
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,15 +79,107 @@ def compact_wy(U: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     return V, torch.linalg.solve_triangular(V @ V.mT, V, upper=False, unitriangular=True)
 
 
-def top_svd(weight: Weight, r: int, owner: str) -> tuple[Tensor, Tensor, Tensor]:
-    """`U_r [d_out, r]`, `S_r [r]`, `V_r [r, d_in]` of the dense weight: exact, in float32 (float64 for a float64 weight).
+def anchored(A0: Tensor, B0: Tensor) -> Params:
+    """Trainable A and B that start at the frozen anchors A0 and B0."""
+    return Params({"A": A0.clone(), "B": B0.clone()}, frozen={"A0": A0, "B0": B0})
 
-    Raises LoraFuncError where r exceeds min(d_out, d_in).
+
+def anchored_update(base: Tensor, x: Tensor, params: dict[str, Tensor], scale: float) -> Tensor:
+    """`base + scale x (BA - B0A0)ᵀ`, telescoped: `base` to the bit where A and B are at their anchors."""
+    A, B = low_rank_difference(params["A"], params["B"], params["A0"], params["B0"])
+    return low_rank_update(base, x, A, B, scale)
+
+
+def anchored_weight(weight: Weight, params: dict[str, Tensor], scale: float) -> Tensor:
+    """`W + scale (BA - B0A0)`."""
+    A, B = low_rank_difference(params["A"], params["B"], params["A0"], params["B0"])
+    return at_least_float32(weight.dense()) + scale * B @ A
+
+
+def check_fits(owner: str, r: int, shape: tuple[int, int]) -> None:
+    """Raises LoraFuncError where r exceeds min(d_out, d_in)."""
+    if r > min(shape):
+        raise LoraFuncError(f"{owner}(r={r}) on a layer of shape {shape}: r must be at most {min(shape)} there")
+
+
+def top_svd(
+    weight: Weight, r: int, owner: str, niter: int | None = None, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`U_r [d_out, r]`, `S_r [r]`, `V_r [r, d_in]` of the dense weight, in float32 (float64 for a float64 weight).
+
+    Exact, or with `niter` randomized, by so many power iterations from `generator`. Raises LoraFuncError where r exceeds
+    min(d_out, d_in).
     """
-    if r > min(weight.shape):
-        raise LoraFuncError(f"{owner}(r={r}) on a layer of shape {weight.shape}: r must be at most {min(weight.shape)} there")
-    U, S, V = torch.linalg.svd(at_least_float32(weight.dense()), full_matrices=False)
+    check_fits(owner, r, weight.shape)
+    W = at_least_float32(weight.dense())
+    if niter is not None:
+        return randomized_svd(W, r, niter, generator)
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
     return U[:, :r], S[:r], V[:r]
+
+
+def randomized_svd(
+    W: Tensor, r: int, niter: int, generator: torch.Generator | None, extra: int = 16
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The top r singular triplets of `W [m, n]`, nearly: Halko, Martinsson & Tropp 2011 (arXiv 0909.4061), algorithm 4.4.
+
+    A random sketch of r + `extra` columns finds the range of W, `niter` power iterations sharpen it, with a QR after each.
+    (`torch.svd_lowrank` does the same, but draws from torch's global generator.)
+    """
+    m, n = W.shape
+    device = None if generator is None else generator.device
+    sketch = torch.randn(n, min(r + extra, m, n), generator=generator, device=device).to(W)
+    Q = torch.linalg.qr(W @ sketch).Q  # [m, r + extra]
+    for _ in range(niter):
+        Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q).Q).Q
+    U, S, V = torch.linalg.svd(Q.mT @ W, full_matrices=False)
+    return (Q @ U)[:, :r], S[:r], V[:r]
+
+
+def matrix_roots(C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`(C + eps I)^(1/2)` and its inverse, of a symmetric positive semidefinite `C [d, d]`, by its eigenvalues."""
+    values, Q = torch.linalg.eigh(C)
+    root = (values.clamp(min=0) + eps).sqrt()
+    return (Q * root) @ Q.mT, (Q / root) @ Q.mT
+
+
+def skew(v: Tensor, n: int) -> Tensor:
+    """The skew-symmetric matrices `[.., n, n]` whose upper triangles are `v [.., n (n - 1) / 2]`, row by row."""
+    rows, cols = torch.triu_indices(n, n, 1, device=v.device)
+    k = torch.arange(len(rows), device=v.device)
+    basis = torch.zeros(len(rows), n, n, dtype=v.dtype, device=v.device)  # constant: a write into it does not meet vmap
+    basis[k, rows, cols], basis[k, cols, rows] = 1, -1
+    return torch.einsum("...t,tij->...ij", v, basis)
+
+
+def coordinates(base_out: Tensor, bias: Tensor | None, U: Tensor) -> Tensor:
+    """`(base_out - b) U [.., r]`: for left singular vectors `U [d_out, r]` of W it is `S * (V x)`, without S, V, x or W."""
+    y = base_out if bias is None else base_out - bias.to(base_out.dtype)
+    return y @ U.to(y.dtype)
+
+
+def add_along(base_out: Tensor, z: Tensor, U: Tensor) -> Tensor:
+    """`base_out + z Uᵀ` for `z [.., r]`."""
+    return base_out + F.linear(z, U.to(z.dtype)).to(base_out.dtype)
+
+
+def cored(weight: Weight, U: Tensor, K: Tensor) -> Tensor:
+    """`(I + U K Uᵀ) W` for a core `K [r, r]`."""
+    W = at_least_float32(weight.dense())
+    U = U.to(W.dtype)
+    return W + U @ (K.to(W.dtype) @ (U.mT @ W))
+
+
+def strongest(scores: Tensor | None, r: int) -> Tensor:
+    """The indices of the r highest scores, in ascending order; of the first r without scores."""
+    return torch.arange(r) if scores is None else scores.topk(r).indices.sort().values
+
+
+def needs_data(variant: Variant, what: str) -> LoraFuncError:
+    """The error of an `init` without stats."""
+    return LoraFuncError(
+        f"{type(variant).__name__} starts from {what} of data: pass calibration=batches to adapt, or stats= to Adapter.init"
+    )
 
 
 def at_least_float32(t: Tensor) -> Tensor:

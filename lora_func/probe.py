@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .adapt import Adapter, call_arguments
+from .adapt import Adapter
 from .errors import LoraFuncError
+from .view import call_arguments
+from .weight import whole
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,10 @@ def run(
         loss = getattr(output, "loss", None)
         if loss is None:
             loss = torch.stack([t.float().square().mean() for t in outputs]).sum()
-        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        if loss.requires_grad:
+            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        else:  # of a frozen model that never runs through an adapter
+            grads = [torch.zeros_like(leaf) for leaf in leaves.values()]
     return [t.detach() for t in outputs], loss.detach(), dict(zip(leaves, grads))
 
 
@@ -125,8 +130,12 @@ def noise_like(leaf: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def state_hash(model: nn.Module) -> str:
-    """A hash of all parameters and buffers of a model, computed where they are."""
+    """A hash of all parameters and buffers of a model, computed where they are (see `whole`)."""
     digest = hashlib.sha256()
-    for name, t in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{name} {tuple(t.shape)} {t.dtype} {torch.hash_tensor(t.detach()).item()};".encode())
+    for path, module in model.named_modules():
+        for name in (*module._parameters, *module._buffers):
+            if getattr(module, name) is not None:
+                t = whole(module, name).detach()
+                bits = None if t.is_meta else torch.hash_tensor(t).item()
+                digest.update(f"{path}.{name} {tuple(t.shape)} {t.dtype} {bits};".encode())
     return digest.hexdigest()[:16]

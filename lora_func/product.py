@@ -55,5 +55,5 @@ class ProductWithJvp(Product):
 
 
 def in_transform() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, ..) or forward-mode autograd is active in this thread."""
+    """Whether a torch.func transform (grad, vmap, jvp, ..) is active in this thread, or forward-mode autograd in any."""
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0

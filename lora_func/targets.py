@@ -55,7 +55,7 @@ class Targets:
         """
         linear = {path: module for path, module in model.named_modules() if kind_of(module)}
         uncalled = uncalled_layers(model)
-        tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        tied = {id(module._parameters.get("weight")) for module in model.modules() if isinstance(module, nn.Embedding)}
         width = d_model(model, linear)
         found = {}
         for path, layer in linear.items():
@@ -64,12 +64,13 @@ class Targets:
             asked = any(re.search(name, path) for name in self.names)
             if path in uncalled and asked:
                 raise LoraFuncError(f"{path!r} cannot be adapted: {uncalled[path]} uses its weight without calling the layer")
-            if path in uncalled or (id(getattr(layer, "weight", None)) in tied and not asked):
+            weight = layer._parameters.get("weight")  # not by the attribute, which some layers compute
+            if path in uncalled or (weight is not None and id(weight) in tied and not asked):
                 continue
             found[path] = layer
         for name in self.names:
             if not any(re.search(name, path) for path in found):
-                why = fused(name, model) or self.hint(name, linear)
+                why = fused(name, model) or second_path(name, model) or self.hint(name, linear)
                 raise LoraFuncError(f"{self!r}: {name!r} matches no layer that the other fields admit.{why}")
         if not found:
             reason = f"; of {listing(uncalled)} the parents use the weight without calling the layer" if uncalled else ""
@@ -122,7 +123,7 @@ def assign(rules: Variant | Mapping[str, Variant], targets: Targets, model: nn.M
             elif left_out:
                 why = f" It matches {listing(left_out)}, which {targets!r} leaves out"
             else:
-                why = fused(pattern, model) or targets.hint(pattern, found)
+                why = fused(pattern, model) or second_path(pattern, model) or targets.hint(pattern, found)
             raise LoraFuncError(f"the pattern {pattern!r} names no layer.{why}")
     return chosen
 
@@ -137,6 +138,16 @@ def fused(name: str, model: nn.Module) -> str:
                     f" {whole!r} fuses {parameter.shape[0]} matrices in one tensor of shape {tuple(parameter.shape)}, which no "
                     "linear layer applies, so there is nothing to adapt; adapt the attention around it"
                 )
+    return ""
+
+
+def second_path(name: str, model: nn.Module) -> str:
+    """For an error: a layer that `name` matches where it stands in the tree a second time."""
+    first = {id(module): path for path, module in model.named_modules() if kind_of(module)}
+    for path, module in model.named_modules(remove_duplicate=False):
+        known = first.get(id(module), path)
+        if path != known and re.search(name, path):
+            return f" {path!r} is the layer {known!r} once more, and is adapted with it, under that path"
     return ""
 
 

@@ -22,8 +22,8 @@ tensors that all layers of the variant share. Five rules hold for every variant;
 from __future__ import annotations
 
 import abc
-import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -82,23 +82,60 @@ class Weight:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Statistic(abc.ABC):
+    """What calibration sums up for a layer (see `calibrate`). A subclass is a frozen dataclass with `update`, and what else it
+    overrides; variants whose statistics are equal share one.
+    """
+
+    observes: ClassVar[str] = "inputs"  # or "outputs", or "gradients": inputs and dL/d(output)
+
+    def init(self, weight: Weight) -> Any:
+        """The state before any token. None means nothing seen yet, and lets layers that read one input share their states."""
+        return None
+
+    @abc.abstractmethod
+    def update(self, state: Any, tokens: Any) -> Any:
+        """A new state, with the rows `[n, d]` that this batch brings, n at least 1; for "gradients" a pair of them. Pure."""
+
+    def finalize(self, states: Mapping[str, Any]) -> Mapping[str, Any]:
+        """path -> what `Variant.init` gets as `stats`, from the states of all layers; None where a layer saw nothing."""
+        return states
+
+
+@dataclass(frozen=True, kw_only=True)
 class Variant(abc.ABC):
     """Base class of all adapters. A subclass is a frozen, keyword-only dataclass with `init` and what it overrides."""
-
-    statistic: ClassVar[Any] = None
 
     @classmethod
     def name(cls) -> str:
         """The name under which files and the catalogue know this variant: the class name in lower case."""
         return cls.__name__.lower()
 
+    @property
+    def statistic(self) -> Statistic | None:
+        """What `init` wants to know of the data that the layer sees; None for most variants."""
+        return None
+
+    @property
+    def lr_scale(self) -> Mapping[str, float]:
+        """Short names of leaves that learn at a multiple of the others' rate -> that multiple."""
+        return {}
+
     @abc.abstractmethod
     def init(self, weight: Weight, generator: torch.Generator | None, stats: Any = None) -> Params:
         """Fresh parameters for one layer, in float32 (float64 where derived from a float64 weight).
 
         Random leaves are drawn from `generator` only (`None`: torch's default one) and on its device; the engine moves them
-        to the layer. `stats` is what calibration collected for this layer, for variants with a `statistic`.
+        to the layer. `stats` is what calibration collected for this layer, for variants with a `statistic`. A layer for which
+        nothing is returned drops out.
         """
+
+    def like(self, weight: Weight, leaves: Mapping[str, Tensor]) -> Params:
+        """What a file should hold for one layer, for its names, shapes and dtypes; `weight` has no data (device "meta").
+
+        A variant whose `init` needs data overrides this. `leaves` are those of the file, for shapes that depend on the data.
+        """
+        return self.init(weight, None)
 
     def init_shared(self, weights: Sequence[Weight], generator: torch.Generator | None) -> Params:
         """Tensors common to all layers of this variant, drawn once. `weights` are those of its layers."""
@@ -131,8 +168,15 @@ def check_positive(variant: Variant, name: str) -> None:
     """Raises LoraFuncError unless the field `name` is a finite number above 0."""
     value = getattr(variant, name)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
+    if not number or not 0 < value <= sys.float_info.max:  # an int of 400 digits is no float
         raise LoraFuncError(f"{type(variant).__name__}({name}={value!r}): {name} must be a finite number above 0")
+
+
+def check_number(variant: Variant, name: str) -> None:
+    """Raises LoraFuncError unless the field `name` is a finite number."""
+    value = getattr(variant, name)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+        raise LoraFuncError(f"{type(variant).__name__}({name}={value!r}): {name} must be a finite number")
 
 
 def check_choice(variant: Variant, name: str, choices: Sequence[Any]) -> None:

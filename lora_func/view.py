@@ -14,16 +14,17 @@ from __future__ import annotations
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn, vmap
+from torch.nn.utils import parametrize
 
 from .errors import LoraFuncError
 from .product import in_transform
 from .variant import Variant
-from .weight import is_packed, weight_of
+from .weight import is_packed, weight_hooks, weight_of
 
 MODULE_STATE = frozenset(nn.Module().__dict__)  # what every module has; shared or replaced as a whole, never searched
 HOOKS = frozenset(name for name in MODULE_STATE if "_hooks" in name)
@@ -52,6 +53,8 @@ def make_view(
             if name in HOOKS:
                 value = value.copy() if value else type(value)()  # noqa: PLW2901  (what is registered on a copy stays there)
             elif name not in MODULE_STATE and type(value) not in PLAIN:
+                if name == "forward":
+                    check_globals(value, new, module)
                 value = rebound(value, new)  # noqa: PLW2901
             copy.__dict__[name] = value
         for name, value in own.items():
@@ -84,9 +87,15 @@ class Structure:
                     children[name] = standing_in
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:
-                detached[name] = self.new[id(parameter)] = parameter.detach()
+                detached[name] = self.new[id(parameter)] = frozen(parameter, path)
         standing_in, kind = module, class_in_view(module)
-        if self.whole or children or detached or kind is not type(module) or isinstance(module, hooked):
+        special = kind is not type(module) or isinstance(module, hooked) or weight_hooks(module)
+        if self.whole or children or detached or special:
+            if parametrize._cache_enabled and parametrize.is_parametrized(module):
+                raise LoraFuncError(
+                    f"torch.nn.utils.parametrize.cached() keeps weights by the id of their module, and {path!r} is a passing "
+                    "copy here. Leave cached(), or freeze the model with requires_grad_(False)"
+                )
             standing_in = object.__new__(kind)
             own: dict[str, Any] = {"_modules": {**module._modules, **children}}
             if detached:
@@ -99,6 +108,18 @@ class Structure:
             standing_in = self.replace[path](standing_in)
         self.new[id(module)] = standing_in
         return standing_in
+
+
+def frozen(parameter: Tensor, path: str) -> Tensor:
+    """What stands for a parameter that requires grad. Raises LoraFuncError, with the path of its module, for a sharded one."""
+    if parameter.is_meta:  # accelerate, which offloads it, makes another of its class, with its requires_grad
+        return nn.Parameter(parameter.detach(), requires_grad=False)
+    if hasattr(parameter, "full_tensor"):  # a DTensor; fully_shard gathers into modules of its own, and not into copies
+        raise LoraFuncError(
+            f"the parameters of {path!r} are sharded and require grad. Freeze the base, model.requires_grad_(False), before "
+            "fully_shard"
+        )
+    return parameter.detach()
 
 
 def recorded_classes(model: Any) -> tuple[type, ...]:
@@ -146,7 +167,8 @@ def rebound(value: Any, new: Mapping[int, Any]) -> Any:
     """`value` with the modules and parameters that `new` replaces replaced; `value` itself where it refers to none.
 
     accelerate, for one, sets `module.forward = partial(new_forward, module)`: kept as it is, it would run the original
-    children and leave every adapter below it inert, without a word. Containers are searched one level deep.
+    children and leave every adapter below it inert, without a word. Containers are searched one level deep, functions in what
+    they close over.
     """
     kind = type(value)
     if kind is list or kind is tuple:
@@ -173,9 +195,71 @@ def rebound_item(value: Any, new: Mapping[int, Any]) -> Any:
         function, args, kwargs = rebound_item(value.func, new), rebound(value.args, new), rebound(value.keywords, new)
         same = function is value.func and args is value.args and kwargs is value.keywords
         return value if same else functools.partial(function, *args, **kwargs)
+    if kind is types.FunctionType:
+        return rebound_function(value, new)
     if issubclass(kind, (nn.Module, Tensor)):  # of the type: isinstance would ask objects with a __getattribute__ of their own
         return new.get(id(value), value)
     return value
+
+
+def rebound_function(function: Any, new: Mapping[int, Any]) -> Any:
+    """A function that closes over modules, as after `old = module.forward`, `module.forward = lambda x: old(x)`.
+
+    What torch.compile wraps is unwrapped: its guards are on the original, so it would be traced anew for each view.
+    """
+    compiled = getattr(function, "_torchdynamo_orig_callable", None)
+    if compiled is not None:
+        original = rebound_item(compiled, new)
+        return function if original is compiled else original
+    if not function.__closure__ or id(function) in new:
+        return function
+    new = {**new, id(function): function}  # functions may close over each other
+    cells = tuple(rebound_cell(cell, new) for cell in function.__closure__)
+    if all(cell is old for cell, old in zip(cells, function.__closure__)):
+        return function
+    twin = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    twin.__dict__.update(function.__dict__)
+    return twin
+
+
+def rebound_cell(cell: Any, new: Mapping[int, Any]) -> Any:
+    try:
+        value = cell.cell_contents
+    except ValueError:  # empty still
+        return cell
+    standing_in = rebound(value, new)
+    return cell if standing_in is value else types.CellType(standing_in)
+
+
+def check_globals(forward: Any, new: Mapping[int, Any], module: nn.Module) -> None:
+    """Raises LoraFuncError where a `forward` set on a module reaches the original by a global name, as in a notebook."""
+    function = getattr(forward, "__func__", forward)
+    if type(function) is not types.FunctionType:
+        return
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name)
+        if value is not None and rebound(value, new) is not value:
+            raise LoraFuncError(
+                f"the forward that was set on a {type(module).__name__} reaches the model by the global name {name!r}, past "
+                "what stands for it in a call, so that adapters would be inert. Set it as types.MethodType(forward, module), "
+                "and have it call type(module).forward(self, ...)"
+            )
+
+
+class StandIn(nn.Module):
+    """What stands for a layer in a view. Attributes that it lacks are those of the layer."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        # straight into the dicts, here and below: `nn.Module.__setattr__` would take longer than all else that a view costs
+        self._modules["layer"] = layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
 
 
 class Site(NamedTuple):
@@ -187,30 +271,22 @@ class Site(NamedTuple):
     frozen: dict[str, Tensor]  # short name -> constant
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(StandIn):
     """What stands for an adapted layer in a view: `variant.apply(x, layer(variant.transform_input(x)), ..)`.
 
     Leaves with an example axis make it that of the variant's functions, by a `torch.vmap` that the model around never sees:
     it runs once, with its fused attention and its masks, on the whole batch.
 
     Its trainable leaves are buffers called `lora_<name>`, so the flat dict's keys are paths in the view, and
-    `torch.func.functional_call(view, params, ...)` works too. Attributes that it lacks are those of the layer.
+    `torch.func.functional_call(view, params, ...)` works too.
     """
 
     def __init__(self, layer: nn.Module, site: Site, params: Mapping[str, Tensor], expects_grad: bool):
-        super().__init__()
-        # straight into the dicts: `nn.Module.__setattr__` would take longer than all else that a view costs
-        self._modules["layer"] = layer
+        super().__init__(layer)
         self.__dict__["site"] = site
         self.__dict__["expects_grad"] = expects_grad  # whether gradients were on, and wanted, where the call began
         for name, (key, _) in site.leaves.items():
             self._buffers[f"lora_{name}"] = params[key]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         path, variant, leaves, frozen = self.site
@@ -221,6 +297,9 @@ class AdaptedLayer(nn.Module):
                 "under torch.no_grad()"
             )
         params = {name: self._buffers[f"lora_{name}"] for name in leaves} | frozen
+        device = next((leaf.device for leaf in params.values()), x.device)
+        if x.device != device and hasattr(self.layer, "_hf_hook"):
+            x = x.to(device)  # as accelerate's hook does, but for the layer alone
         own = [name for name, (_, dim) in leaves.items() if params[name].dim() > dim]  # those with an example axis
         if not own:
             base_out = self.layer(variant.transform_input(x, params), *args, **kwargs)
@@ -259,3 +338,21 @@ def over_examples(
         return function(*tensors[: len(inputs)], params | dict(zip(own, tensors[len(inputs) :])))
 
     return vmap(of_one)(*inputs, *(params[name] for name in own))
+
+
+def call_arguments(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """`(args, kwargs)` for the model. Raises LoraFuncError for what cannot be a batch."""
+    if isinstance(batch, Mapping):
+        if not all(isinstance(name, str) for name in batch):
+            raise LoraFuncError(
+                f"a mapping batch becomes keyword arguments, so its keys must be strings, and not {list(batch)!r}"
+            )
+        return (), batch
+    if isinstance(batch, (tuple, list)):
+        return batch, {}
+    if batch is None or isinstance(batch, (str, bytes, bool, int, float, set, frozenset, Iterator)):
+        raise LoraFuncError(
+            f"batch is {type(batch).__name__}; expected a mapping of keyword arguments such as {{'input_ids': ids}}, a tuple "
+            "or list of positional ones, or the one argument of the model, such as a tensor"
+        )
+    return (batch,), {}

@@ -70,3 +70,11 @@ def test_compiled():
 def test_the_loss_must_be_a_scalar(f, given):
     with pytest.raises(lf.LoraFuncError, match=rf"the loss must be a tensor of shape \(\), and it is {given}"):
         lf.value_and_grad(f)(torch.ones(3))
+
+
+def test_gradients_are_contiguous():
+    """As `.grad` is: torch.distributed on gloo averages slices of a larger tensor wrongly, without a word."""
+    model, adapter, params = adapted(lf.PiSSA(r=4))
+    batch = text_batch()
+    _, grads = lf.value_and_grad(lambda p: adapter(model, p, batch).loss)(params)
+    assert all(grad.is_contiguous() for grad in grads.values())

@@ -1,4 +1,5 @@
 """LoRA: low-rank additive update. Hu et al. 2021, arXiv 2106.09685. rsLoRA: Kalajdzievski 2023, arXiv 2312.03732.
+LoRA+: Hayou et al. 2024, arXiv 2402.12354.
 
     out = base_out + s (x Aᵀ) Bᵀ          s = alpha / r,  or alpha / sqrt(r) with rslora
 
@@ -26,15 +27,21 @@ class LoRA(Variant):
     r: int = 8  # rank, at least 1
     alpha: float = 16.0  # scale of the update before the division by r, above 0
     rslora: bool = False  # divide alpha by sqrt(r) instead of r
+    lr_ratio: float = 1.0  # B learns so many times faster than A (LoRA+, whose authors suggest 16); above 0
 
     def __post_init__(self):
         check_rank(self)
         check_positive(self, "alpha")
         check_choice(self, "rslora", (False, True))
+        check_positive(self, "lr_ratio")
 
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    @property
+    def lr_scale(self):
+        return {"B": self.lr_ratio}
 
     def init(self, weight, generator, stats=None):
         d_out, d_in = weight.shape

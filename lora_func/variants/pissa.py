@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..numerics import at_least_float32, low_rank_difference, low_rank_update, top_svd
-from ..variant import Params, Variant, check_positive, check_rank
+from ..numerics import anchored, anchored_update, anchored_weight, top_svd
+from ..variant import Variant, check_choice, check_positive, check_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,26 +26,26 @@ class PiSSA(Variant):
 
     r: int = 8  # rank, from 1 to min(d_in, d_out)
     alpha: float = 8.0  # scale of the update before the division by r, above 0
+    svd: str = "exact"  # or "randomized": much faster for a small r on a large layer, drawn from the generator
+    niter: int = 4  # power iterations of the randomized one
 
     def __post_init__(self):
         check_rank(self)
         check_positive(self, "alpha")
+        check_choice(self, "svd", ("exact", "randomized"))
+        check_rank(self, "niter")
 
     @property
     def scale(self) -> float:
         return self.alpha / self.r
 
     def init(self, weight, generator, stats=None):
-        U, S, V = top_svd(weight, self.r, "PiSSA")
+        U, S, V = top_svd(weight, self.r, "PiSSA", self.niter if self.svd == "randomized" else None, generator)
         root = (S / self.scale).sqrt()  # [r]
-        A0, B0 = root[:, None] * V, U * root
-        return Params({"A": A0.clone(), "B": B0.clone()}, frozen={"A0": A0, "B0": B0})
+        return anchored(root[:, None] * V, U * root)
 
     def apply(self, x, base_out, weight, params):
-        A, B = low_rank_difference(params["A"], params["B"], params["A0"], params["B0"])
-        return low_rank_update(base_out, x, A, B, self.scale)
+        return anchored_update(base_out, x, params, self.scale)
 
     def merged(self, weight, params):
-        # W + s (BA - B0A0)
-        A, B = low_rank_difference(params["A"], params["B"], params["A0"], params["B0"])
-        return at_least_float32(weight.dense()) + self.scale * B @ A, weight.bias
+        return anchored_weight(weight, params, self.scale), weight.bias

@@ -1,0 +1,82 @@
+"""Train an adapter of a model that no GPU holds whole: the base sharded by FSDP2, the adapter replicated.
+
+torchrun --nproc-per-node 2 fsdp.py                                                    # a tiny Llama, gloo on the CPU
+torchrun --nproc-per-node 2 fsdp.py --hidden 8192 --layers 80 --dtype bfloat16         # 78e9 random weights, NCCL on two GPUs
+"""
+
+import argparse
+import os
+import resource
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lora_func as lf
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--variant", default="LoRA", choices=["LoRA", "DoRA", "PiSSA", "DeLoRA", "IA3", "HRA"])
+parser.add_argument("--hidden", type=int, default=64, help="a multiple of 64")
+parser.add_argument("--layers", type=int, default=2)
+parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the base")
+parser.add_argument("--batch", type=int, default=4, help="sequences for each rank")
+parser.add_argument("--length", type=int, default=64)
+parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--lr", type=float, default=1e-2)
+options = parser.parse_args()
+
+cuda = torch.cuda.is_available()
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+if cuda:
+    torch.cuda.set_device(device)
+dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+rank, ranks = dist.get_rank(), dist.get_world_size()
+mesh = init_device_mesh(device.type, (ranks,))
+torch.manual_seed(0)  # the same on all ranks, for the shards of the base and for the adapter
+
+config = LlamaConfig(
+    vocab_size=128,
+    hidden_size=options.hidden,
+    intermediate_size=7 * options.hidden // 2,
+    num_hidden_layers=options.layers,
+    num_attention_heads=options.hidden // 32 if options.hidden < 4096 else options.hidden // 128,
+)
+config.dtype = getattr(torch, options.dtype)
+with torch.device("meta"):  # nothing is allocated
+    model = LlamaForCausalLM._from_config(config).requires_grad_(False)  # frozen before it is sharded
+for layer in model.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+model.to_empty(device=device)  # the shards of this rank
+model.init_weights()  # a real run would load a checkpoint here, as torch.distributed.checkpoint does
+
+adapted_forward, params = lf.adapt(model, getattr(lf, options.variant)())
+leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
+optimizer = torch.optim.AdamW(leaves.values(), lr=options.lr)
+data = torch.Generator().manual_seed(rank)  # each rank has data of its own
+losses = []
+for step in range(options.steps):
+    starts = torch.randint(config.vocab_size, (options.batch, 1), generator=data)
+    ids = ((starts + torch.arange(options.length)) % config.vocab_size).to(device)  # counting
+    loss = adapted_forward(model, leaves, {"input_ids": ids, "labels": ids}).loss
+    optimizer.zero_grad()
+    loss.backward()
+    for tensor in (loss.detach_(), *(leaf.grad for leaf in leaves.values())):
+        dist.all_reduce(tensor)
+        tensor.div_(ranks)
+    optimizer.step()
+    losses.append(loss.item())
+    if rank == 0:
+        print(f"step {step + 1}: loss {losses[-1]:.3f}", flush=True)
+
+peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+held, whole = (
+    sum(p.numel() * p.element_size() for p in ps) for ps in ((p.to_local() for p in model.parameters()), model.parameters())
+)
+print(
+    f"rank {rank}: holds {held / 2**20:,.1f} of the base's {whole / 2**20:,.1f} MiB, peak {peak / 2**20:,.0f} MiB", flush=True
+)
+assert losses[-1] < losses[0]
+dist.destroy_process_group()

@@ -1,0 +1,167 @@
+"""What test_distributed.py runs on two ranks: the laws of an adapter on a base that `fully_shard` has sharded."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import largest, text_batch, tiny_llama, trained
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
+
+import lora_func as lf
+
+VARIANTS = [lf.LoRA(r=4), lf.DoRA(r=4), lf.PiSSA(r=4), lf.DeLoRA(r=4), lf.DeLoRA(r=4, init="paper"), lf.HRA(r=4), lf.IA3()]
+
+
+def shard(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def base(**changes) -> tuple[nn.Module, nn.Module]:
+    """A frozen model, and the same one sharded."""
+    model = tiny_llama(**changes).requires_grad_(False)
+    return model, shard(copy.deepcopy(model))
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def gradients(adapter: lf.Adapter, model: nn.Module, params: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    leaves = {key: leaf.clone().requires_grad_() for key, leaf in params.items()}
+    adapter(model, leaves, batch).loss.backward()
+    return {key: leaf.grad for key, leaf in leaves.items()}
+
+
+def averaged(grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    for grad in grads.values():
+        dist.all_reduce(grad)
+        grad.div_(dist.get_world_size())
+    return grads
+
+
+def batches() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A batch, and the part of it that this rank sees."""
+    ids = text_batch(rows=4)["input_ids"]
+    own = ids.chunk(dist.get_world_size())[dist.get_rank()]
+    return {"input_ids": ids, "labels": ids}, {"input_ids": own, "labels": own}
+
+
+def test_gradients(variant):
+    """Averaged over ranks they are those of one process on the whole batch; the base has none, and keeps its bits."""
+    model, sharded = base()
+    adapter, params = lf.adapt(model, variant)
+    params, (whole, own) = trained(params), batches()
+    want = gradients(adapter, model, params, whole)
+    for _ in range(2):  # the second step finds what the first one left
+        assert largest(averaged(gradients(adapter, sharded, params, own)), want) < 1e-6
+    _, grads = lf.value_and_grad(lambda p: adapter(sharded, p, own).loss)(params)
+    assert largest(averaged(grads), want) < 1e-6
+    for (name, given), expected in zip(sharded.named_parameters(), model.parameters()):
+        assert given.grad is None, name
+        assert torch.equal(given.full_tensor(), expected), name
+
+
+def test_adapt_after_sharding(variant):
+    """It gathers what it reads, and draws the parameters, constants and fingerprints that it draws before."""
+    model, sharded = base(attention_bias=True)
+    adapter, params = lf.adapt(model, variant, generator=seeded())
+    again, same = lf.adapt(sharded, variant, generator=seeded())
+    assert again.base == adapter.base
+    for given, expected in ((same, params), (again.frozen, adapter.frozen), (again.init(sharded, generator=seeded()), params)):
+        assert given.keys() == expected.keys()
+        assert all(torch.equal(given[key], expected[key]) for key in given)
+        assert not any(hasattr(leaf, "full_tensor") for leaf in given.values())
+
+
+def test_merge(variant):
+    """Merged weights are whole ones, on every rank; distributed again, they go into the sharded model."""
+    model, sharded = base(attention_bias=True)
+    adapter, params = lf.adapt(model, variant)
+    params, (batch, _) = trained(params), batches()
+    merged = lf.merge(adapter, sharded, params)
+    assert largest(merged, lf.merge(adapter, model, params)) == 0
+    want = adapter(sharded, params, batch).logits
+    shards = dict(sharded.named_parameters())
+    parts = {key: distribute_tensor(W, shards[key].device_mesh, shards[key].placements) for key, W in merged.items()}
+    sharded.load_state_dict(parts, strict=False)
+    torch.testing.assert_close(sharded(**batch).logits, want, rtol=0, atol=1e-4)
+
+
+def test_each_linear_layer_sharded_apart(variant):
+    """Its weight is a shard again before the variant reads it: it is gathered once more."""
+    model = tiny_llama().requires_grad_(False)
+    adapter, params = lf.adapt(model, variant)
+    params, (batch, _) = trained(params), batches()
+    want = gradients(adapter, model, params, batch)
+    sharded = copy.deepcopy(model)
+    for module in list(sharded.modules()):
+        if isinstance(module, nn.Linear):
+            fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    assert largest(gradients(adapter, shard(sharded), params, batch), want) == 0
+
+
+def test_transforms_files_and_generate():
+    """What needs no particular variant."""
+    model, sharded = base(attn_implementation="eager")  # the fused kernel on the CPU has no forward mode
+    adapter, params = lf.adapt(model, lf.DoRA(r=4))
+    params, (batch, _) = trained(params), batches()
+    ids = {"input_ids": batch["input_ids"][:, :4], "max_new_tokens": 3, "do_sample": False}
+
+    def everything(model):
+        grads = torch.func.grad(lambda p: adapter(model, p, batch).loss)(params)
+        _, each = lf.value_and_grad(lambda p: adapter(model, p, batch).loss)(lf.expand(params, 4))
+        _, tangent = torch.func.jvp(lambda p: adapter(model, p, batch).loss, (params,), (params,))
+        found = {**grads, "tangent": tangent, **{f"{key} each": grad for key, grad in each.items()}}
+        return found, lf.bind(adapter, model, params).generate(**ids)
+
+    (given, tokens), (expected, same_tokens) = everything(sharded), everything(model)
+    assert largest(given, expected) == 0
+    assert torch.equal(tokens, same_tokens)
+    file = Path(sys.argv[1]) / f"rank{dist.get_rank()}.safetensors"
+    lf.save(file, adapter, params)
+    loaded, same = lf.load(file, sharded, check_base="error")
+    assert largest(same, params) == 0
+    found = lf.probe(loaded, sharded, params, batch)
+    assert found.base_unchanged
+    assert not found.inert
+
+
+def test_a_base_that_requires_grad_is_refused():
+    """A copy of its parameters would stay sharded in the forward."""
+    sharded = shard(tiny_llama())
+    adapter, params = lf.adapt(sharded, lf.LoRA())
+    with pytest.raises(lf.LoraFuncError, match=r"'model.embed_tokens' .*\n?.*model.requires_grad_\(False\), before"):
+        adapter(sharded, params, text_batch())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    reading = VARIANTS[1:3]  # on each call, and at init
+    for law, variants in (
+        (test_gradients, VARIANTS),
+        (test_adapt_after_sharding, VARIANTS),
+        (test_merge, reading),
+        (test_each_linear_layer_sharded_apart, reading),
+    ):
+        for variant in variants:
+            torch.manual_seed(0)
+            print(law.__name__, variant, flush=True)
+            law(variant)
+    for law in (test_transforms_files_and_generate, test_a_base_that_requires_grad_is_refused):
+        torch.manual_seed(0)
+        print(law.__name__, flush=True)
+        law()
+    dist.destroy_process_group()
