@@ -222,8 +222,10 @@ class Adapter:
 
     @torch.inference_mode(False)
     def to(self, *args: Any, **kwargs: Any) -> Adapter:
-        """A new Adapter whose frozen constants went through `Tensor.to`, as in `adapter.to("cuda")`."""
-        frozen = {key: leaf.to(*args, **kwargs) for key, leaf in self.frozen.items()}
+        """A new Adapter whose frozen constants went through `Tensor.to`, as in `adapter.to("cuda")`. Indices stay integers."""
+        frozen = {key: leaf.to(*args, **kwargs) for key, leaf in self.frozen.items() if leaf.is_floating_point()}
+        for key, leaf in self.frozen.items():
+            frozen.setdefault(key, leaf.to(torch.empty(0, device=leaf.device).to(*args, **kwargs).device))
         return Adapter(self.variants, self.shapes, frozen, self.base, self.dtype)
 
     @property

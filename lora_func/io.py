@@ -7,6 +7,7 @@ The tensors are the flat dicts of trainable and frozen leaves. The metadata has 
     variants   [[name, {field: value}], ..], each distinct variant once
     targets    {path: [index into variants, d_out, d_in, fingerprint or null]}
     frozen     [keys of the tensors that are constants]
+    rebuilt    [keys of the constants that the file leaves out, to be computed from the weights again]
     digest     SHA-256 of everything else, so that an altered file is known as one
 """
 
@@ -30,9 +31,9 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from .adapt import Adapter, Base, blank, by_path, key_mismatch
+from .adapt import Adapter, Base, blank, by_path, flat_key, key_mismatch
 from .errors import LoraFuncError, listing, near_misses
-from .variant import Variant
+from .variant import Variant, Weight
 from .variants import VARIANTS
 from .version import __version__
 from .weight import fingerprint, weight_of
@@ -41,13 +42,20 @@ FORMAT = 1
 KEY = "lora_func"
 
 
-def save(path: str | os.PathLike[str], adapter: Adapter, params: Mapping[str, Tensor]) -> None:
+def save(path: str | os.PathLike[str], adapter: Adapter, params: Mapping[str, Tensor], *, frozen: str = "store") -> None:
     """Writes `adapter` with `params` to one file, which replaces an older one only when it is whole, and keeps its mode.
+
+    `frozen="rebuild"` leaves out the constants that a variant can compute from the weights again, an SVD for each layer of
+    AntiPaSTO: a small file, which gives other bits on another machine, and another adapter on another base. To store
+    constants in half the size, `save(path, adapter.to(torch.bfloat16), params)`.
 
     Raises LoraFuncError for params that are not the adapter's, for a variant whose fields are not plain values, and for a
     path that cannot be a file; OSError where the disk refuses. An existing file survives each of these.
     """
     adapter.check(params, examples=False)
+    if frozen not in ("store", "rebuild"):
+        raise LoraFuncError(f"frozen={frozen!r}; expected 'store' or 'rebuild'")
+    rebuilt = rebuildable(adapter) if frozen == "rebuild" else []
     path = Path(os.path.realpath(path))
     if path.is_dir():
         raise LoraFuncError(f"{str(path)!r} is a folder; give the path of a file in it")
@@ -64,10 +72,12 @@ def save(path: str | os.PathLike[str], adapter: Adapter, params: Mapping[str, Te
             target: [variants.index(variant), *adapter.base[target].shape, adapter.base[target].fingerprint]
             for target, variant in adapter.variants.items()
         },
-        "frozen": list(adapter.frozen),
+        "frozen": [key for key in adapter.frozen if key not in rebuilt],
+        "rebuilt": rebuilt,
     }
     # clones, because the format refuses tensors that share memory
-    tensors = {key: leaf.detach().cpu().contiguous().clone() for key, leaf in {**params, **adapter.frozen}.items()}
+    stored = {key: leaf for key, leaf in {**params, **adapter.frozen}.items() if key not in rebuilt}
+    tensors = {key: leaf.detach().cpu().contiguous().clone() for key, leaf in stored.items()}
     meta["digest"] = digest(meta, safetensors.save(tensors))
     replace_file(path, safetensors.save(tensors, {KEY: json.dumps(meta)}))
 
@@ -125,8 +135,8 @@ def restore(
             if not all(type(n) is int and n >= 0 for n in (index, rows, cols)) or not isinstance(mark, (str, type(None))):
                 raise TypeError(f"the entry of target {target!r}")
             assigned[target], base[target] = kinds[index], Base((rows, cols), mark)
-        constants = set(meta["frozen"])
-        if not assigned or not all(isinstance(key, str) for key in constants):
+        constants, rebuilt = set(meta["frozen"]), meta["rebuilt"]
+        if not assigned or type(rebuilt) is not list or not all(isinstance(key, str) for key in (*constants, *rebuilt)):
             raise TypeError("no targets, or a key that is not a string")
     except (LoraFuncError, MemoryError):
         raise
@@ -140,10 +150,11 @@ def restore(
         raise
     except Exception as error:  # of any kind, as above: a rank of 10**30 overflows
         raise LoraFuncError(f"no layer can have the parameters of {listing(kinds)} ({error!r})") from error
-    for kind, given, expected in (("trainable", tensors.keys() - constants, trainable), ("frozen", constants, frozen)):
+    stored = {key: leaf for key, leaf in frozen.items() if key not in rebuilt}
+    for kind, given, expected in (("trainable", tensors.keys() - constants, trainable), ("frozen", constants, stored)):
         if given != expected.keys():
             raise LoraFuncError(f"{kind} {key_mismatch(given, expected)}")
-    for key, expected in {**trainable, **frozen}.items():
+    for key, expected in {**trainable, **stored}.items():
         given = tensors[key]
         if given.shape != expected.shape or given.is_floating_point() != expected.is_floating_point():
             raise LoraFuncError(
@@ -160,7 +171,9 @@ def restore(
     }
     first = weight_of(next(iter(layers.values()))).device  # of tensors that all layers share
     # cloned: safetensors hands tensors out at 8-byte alignment, where the CPU's matrix kernels differ in the last bits
-    placed = {key: tensors[key].clone().to(device.get(key, first)) for key in {**trainable, **frozen}}
+    placed = {key: tensors[key].clone().to(device.get(key, first)) for key in {**trainable, **stored}}
+    if rebuilt:
+        placed |= rebuild(rebuilt, assigned, layers, placed)
     params = {key: placed[key] for key in trainable}
     adapter = Adapter(
         assigned,
@@ -171,6 +184,37 @@ def restore(
     )
     adapter.remember(model)
     return adapter, params
+
+
+@torch.no_grad()
+def rebuild(
+    keys: list[str], variants: Mapping[str, Variant], layers: Mapping[str, nn.Module], leaves: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The constants that a file leaves out, from the weights of the model. Raises LoraFuncError for one that cannot be."""
+    own = by_path(leaves)
+    found = {}
+    for path, variant in variants.items():
+        given = {name: leaf for name, (_, leaf) in own.get(path, {}).items()}
+        weight = weight_of(layers[path])
+        for name, leaf in variant.rebuild(weight, given).items():
+            found[flat_key(path, name)] = leaf.to(weight.device).contiguous()
+    if unknown := [key for key in keys if key not in found]:
+        raise LoraFuncError(f"the file leaves out {listing(unknown)}, which cannot be rebuilt from the weights")
+    return {key: found[key] for key in keys}
+
+
+def rebuildable(adapter: Adapter) -> list[str]:
+    """The flat keys of the constants that their variants can rebuild. Raises LoraFuncError where there are none."""
+    own = by_path(adapter.frozen)
+    keys = []
+    for path, variant in adapter.variants.items():
+        leaves = {name: leaf.to("meta") for name, (_, leaf) in own.get(path, {}).items()}
+        weight = Weight(torch.empty(adapter.base[path].shape, device="meta"))
+        keys += [flat_key(path, name) for name in variant.rebuild(weight, leaves)]
+    if not keys:
+        kinds = listing(dict.fromkeys(type(variant).__name__ for variant in adapter.variants.values()))
+        raise LoraFuncError(f"frozen='rebuild', and {kinds} has no constants that can be rebuilt: leave it out")
+    return keys
 
 
 def plain_fields(variant: Variant) -> dict[str, Any]:

@@ -143,6 +143,7 @@ def matrix_roots(C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (Q * root) @ Q.mT, (Q / root) @ Q.mT
 
 
+@full_precision
 def skew(v: Tensor, n: int) -> Tensor:
     """The skew-symmetric matrices `[.., n, n]` whose upper triangles are `v [.., n (n - 1) / 2]`, row by row."""
     rows, cols = torch.triu_indices(n, n, 1, device=v.device)
@@ -173,6 +174,16 @@ def cored(weight: Weight, U: Tensor, K: Tensor) -> Tensor:
 def strongest(scores: Tensor | None, r: int) -> Tensor:
     """The indices of the r highest scores, in ascending order; of the first r without scores."""
     return torch.arange(r) if scores is None else scores.topk(r).indices.sort().values
+
+
+def strongest_svd(weight: Weight, r: int, owner: str, scores: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`top_svd`; with `scores [min(d_out, d_in)]` of the r triplets that score highest, in descending order of S."""
+    if scores is None:
+        return top_svd(weight, r, owner)
+    check_fits(owner, r, weight.shape)
+    U, S, V = top_svd(weight, min(weight.shape), owner)
+    kept = strongest(scores, r)
+    return U[:, kept], S[kept], V[kept]
 
 
 def needs_data(variant: Variant, what: str) -> LoraFuncError:

@@ -141,6 +141,13 @@ class Variant(abc.ABC):
         """Tensors common to all layers of this variant, drawn once. `weights` are those of its layers."""
         return Params({})
 
+    def rebuild(self, weight: Weight, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The frozen leaves that a file need not hold (`save(..., frozen="rebuild")`), from the weight and the other leaves.
+
+        None for most variants: they must mean the same adapter wherever they are computed.
+        """
+        return {}
+
     def transform_input(self, x: Tensor, params: dict[str, Tensor]) -> Tensor:
         """`x [.., d_in]` as the base layer shall see it, same shape and dtype."""
         return x

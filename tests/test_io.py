@@ -256,3 +256,31 @@ def test_a_model_that_is_one_layer(tmp_path):
     model, adapter, params = adapted(model=nn.Linear(4, 3), targets=lf.Targets())
     lf.save(tmp_path / NAME, adapter, params)
     assert set(lf.load(tmp_path / NAME, model)[1]) == {"lora_A", "lora_B"}
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_rebuilt_constants(tmp_path, calibrated):
+    """A file without constants gives the same adapter from the weights, and takes a small part of the room."""
+    model, batch = tiny_llama(hidden_size=64), text_batch()
+    variant = lf.AntiPaSTO(r=16)
+    adapter, params = lf.adapt(model, variant, calibration=[batch] if calibrated else None)
+    params = {key: torch.randn_like(leaf) for key, leaf in params.items()}
+    sizes = {}
+    for name, frozen, kept in (
+        ("store", "store", adapter),
+        ("half", "store", adapter.to(torch.bfloat16)),
+        ("rebuild", "rebuild", adapter),
+    ):
+        path = tmp_path / name
+        lf.save(path, kept, params, frozen=frozen)
+        sizes[name] = path.stat().st_size
+        again, found = lf.load(path, model)
+        assert all(again.frozen[key].dtype == leaf.dtype for key, leaf in kept.frozen.items())
+        torch.testing.assert_close(again(model, found, batch).logits, kept(model, params, batch).logits, rtol=1e-5, atol=1e-5)
+    assert sizes["half"] < 0.7 * sizes["store"]
+    assert sizes["rebuild"] < 0.4 * sizes["store"]
+    other, own = lf.adapt(model, lf.LoRA(r=2))
+    with pytest.raises(lf.LoraFuncError, match="'LoRA' has no constants that can be rebuilt"):
+        lf.save(tmp_path / "lora", other, own, frozen="rebuild")
+    with pytest.raises(lf.LoraFuncError, match="expected .store' or 'rebuild'"):
+        lf.save(tmp_path / "lora", other, own, frozen="drop")

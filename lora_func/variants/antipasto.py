@@ -7,7 +7,8 @@ U [d_out, r] are r left singular vectors of W. Since Uᵀ W x = S (V x), the gai
 alone: neither S, V nor x is needed, and the base keeps its weight. ELU keeps the gain 1 + ELU(c g) positive, and 1 at
 g = 0, where the output is the base output to the bit. The bias is not scaled. `coeff` may be changed at inference
 (`adapter.replace(coeff=-1.0)`): its negative steers the other way. With calibration, the r directions are those that the
-data excites most, by `pool` of |uᵢᵀ (y - b)| = Sᵢ |vᵢ x|; without, those of the largest singular values.
+data excites most, by `pool` of |uᵢᵀ (y - b)| = Sᵢ |vᵢ x|; without, those of the largest singular values. No sign of a
+singular vector matters here, so a file may leave U out (`lf.save(..., frozen="rebuild")`) and keep which directions these are.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from ..calibrate import Projections
-from ..numerics import add_along, coordinates, cored, strongest, top_svd
+from ..numerics import add_along, check_fits, coordinates, cored, strongest, top_svd
 from ..variant import Params, Variant, check_choice, check_number, check_rank
 
 
@@ -42,8 +43,13 @@ class AntiPaSTO(Variant):
         return Projections(pool=self.pool)
 
     def init(self, weight, generator, stats=None):
-        U, _, _ = top_svd(weight, self.r if stats is None else min(weight.shape), "AntiPaSTO")
-        return Params({"g": torch.zeros(self.r)}, frozen={"U": U[:, strongest(stats, self.r)]})
+        check_fits("AntiPaSTO", self.r, weight.shape)
+        index = strongest(stats, self.r)
+        return Params({"g": torch.zeros(self.r)}, frozen={"index": index, **self.rebuild(weight, {"index": index})})
+
+    def rebuild(self, weight, leaves):
+        U, _, _ = top_svd(weight, min(weight.shape), "AntiPaSTO")
+        return {"U": U[:, leaves["index"].to(U.device)]}
 
     def gain(self, g):
         """The deviation of the gains from 1, `[r]`."""
