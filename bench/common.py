@@ -48,6 +48,7 @@ def write(name: str, rows: Any, **about: Any) -> Path:
     """`bench/results/<name>-<cpu or the GPU>.json`, or in the folder OUT where that is set."""
     kind = torch.cuda.get_device_name().split()[1].lower() if torch.cuda.is_available() else "cpu"
     folder = Path(os.environ.get("OUT", RESULTS))
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{kind}.json"
     path.write_text(json.dumps({"where": where(), **about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")

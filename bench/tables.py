@@ -18,7 +18,8 @@ import lora_func as lf
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-DOCSTRING = re.compile(r"(?P<what>.+), (?P<who>[^,]+ \d{4}) \(arXiv (?P<arxiv>[\d.]+)\)\. (?:Trainable: )?(?P<leaves>.+)\.")
+SOURCE = r"\((?:arXiv (?P<arxiv>[\d.]+)|(?P<page>\w+\.\w+/\S+))\)"
+DOCSTRING = re.compile(rf"(?P<what>.+), (?P<who>[^,]+ \d{{4}}) {SOURCE}\. (?:Trainable: )?(?P<leaves>.+)\.")
 
 
 def markdown(rows: list[list[str]], headers: list[str]) -> str:
@@ -32,9 +33,10 @@ def variants() -> str:
         found = DOCSTRING.fullmatch((inspect.getdoc(variant) or "").splitlines()[0])
         if found is None:
             raise ValueError(
-                f"{variant.__name__}: the docstring must read 'What, Author et al. YEAR (arXiv ID). Trainable: ...'"
+                f"{variant.__name__}: the docstring must read 'What, Author et al. YEAR (arXiv ID). Trainable: ...', or have "
+                "the address of a page in the place of the paper's"
             )
-        paper = f"[{found['who']}](https://arxiv.org/abs/{found['arxiv']})"
+        paper = f"[{found['who']}](https://{found['page'] or 'arxiv.org/abs/' + found['arxiv']})"
         rows.append([f"`{variant.__name__}`", found["what"], paper, found["leaves"].replace("[", "`[").replace("]", "]`")])
     return markdown(rows, ["class", "what it does", "paper", "trainable, per layer"])
 
@@ -130,6 +132,40 @@ def quantized(kind: str) -> str:
     return f"{table}\n\n{about} {ran_on(result)}."
 
 
+def svd(kind: str) -> str:
+    result = json.loads((RESULTS / f"svd-{kind}.json").read_text())
+    s = result["settings"]
+    rows = [
+        [row["spectrum"], row["way"], f"{1e3 * row['seconds']:.0f}", f"{row['times faster']:.0f}", f"{row['energy']:.4f}"]
+        for row in result["rows"]
+    ]
+    table = markdown(rows, ["spectrum", "SVD", "ms", "times faster", "energy / exact"])
+    return f"{table}\n\n{s['n']} x {s['n']}, float32, r={s['r']}. {ran_on(result)}."
+
+
+def qwen(model: str) -> str:
+    result = json.loads((RESULTS / f"qwen-{model}.json").read_text())
+    s = result["settings"]
+    columns = ["loss0", "lossN", "drop %", "gradient norm", "parameter delta", "reload error"]
+    shapes = {shape["variant"]: f"{shape['trainable']:,}" for shape in result["shapes"]}
+    rows = [
+        [
+            row["variant"],
+            f"{row['trainable']:,}",
+            *(f"{row[column]:.3g}" for column in ("identity error", "perturbation delta", *columns)),
+            f"{row['bytes'] / 1024:.0f}",
+            shapes.get(row["variant"], "-"),
+        ]
+        for row in result["rows"]
+    ]
+    headers = ["variant", "trainable", "identity error", "perturbation delta", *columns, "file, KiB", "all of Qwen3-0.6B, r=32"]
+    about = (
+        f"{s['model']}, {s['dtype']}, r={s['r']} (of the AntiPaSTO family in both columns 8 times that), {s['steps']} steps of "
+        f"AdamW on {s['tokens']} tokens; the base unchanged."
+    )
+    return f"{markdown(rows, headers)}\n\n{about} {ran_on(result)}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "variants": variants,
     "overhead-cpu": lambda: overhead("cpu"),
@@ -139,6 +175,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "view-cpu": lambda: view("cpu"),
     "quantized-cpu": lambda: quantized("cpu"),
     "quantized-h100": lambda: quantized("h100"),
+    "svd-h200": lambda: svd("h200"),
+    "qwen": lambda: qwen("smollm2-135m-instruct.q4_1-cpu"),
     "population-cpu": lambda: population("cpu"),
     "population-h100": lambda: population("h100"),
 }

@@ -16,7 +16,7 @@ from lora_func.demo.__main__ import SETTINGS, Demo, encode, main
 
 
 def test_any_variant_of_the_catalogue():
-    assert SETTINGS.keys() == lf.VARIANTS.keys()
+    assert SETTINGS.keys() == lf.VARIANTS.keys() - {"ssteer"}
 
 
 def test_every_option_is_explained(capsys):

