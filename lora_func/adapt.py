@@ -382,9 +382,12 @@ def draw(
             sharing[name] = variant
         add(SHARED, shared, group[0].device)
     for path, variant in variants.items():
+        kind = weights[path].device.type
         try:
             if like is None:
-                add(path, variant.init(weights[path], generator, (stats or {}).get(path)), weights[path].device)
+                with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):  # so that it rounds no decomposition
+                    drawn = variant.init(weights[path], generator, (stats or {}).get(path))
+                add(path, drawn, weights[path].device)
             else:
                 add(path, variant.like(weights[path], like.get(path, {})), weights[path].device)
         except LoraFuncError as error:

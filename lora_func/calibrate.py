@@ -153,7 +153,7 @@ def collect(
         model: as it is; call `eval()` on it first where dropout should not take part.
         targets: paths of linear layers, a Targets, or an Adapter, whose targets are taken.
         batches: what the model is called with (see `Adapter.__call__`). A mapping's `attention_mask [batch, tokens]` says which
-            tokens count; without one all do.
+            tokens count; without one all do, as they do for gradients, where the loss has said it.
         statistic: one for all targets, or a mapping path -> statistic; one pass over the data serves all.
         loss: `(output, batch) -> scalar`, for statistics of gradients; by default the output's own `loss`.
         progress: a progress bar (tqdm); None shows one where the standard error is a terminal.
@@ -227,7 +227,7 @@ class Sums:
     def observe_gradient(self, path: str, x: Tensor, g: Tensor) -> None:
         """Adds the input `x [.., d_in]` of the layer at `path` and the gradient `g [.., d_out]` of its output."""
         if x.numel():
-            self.update(path, (x.detach().flatten(0, -2), g.detach().flatten(0, -2)))
+            self.update(path, (x.detach().reshape(-1, x.shape[-1]), g.detach().reshape(-1, g.shape[-1])))
 
     def update(self, path: str, tokens: Any) -> int:
         """A new state for `path`, and its number."""
@@ -287,7 +287,7 @@ class Observed(StandIn):
 
 
 class Tap(torch.autograd.Function):
-    """The identity in y, which hands x and its gradient to `tell`. The anchor makes it part of a graph where nothing is trained.
+    """The identity in y, which hands x and its own gradient to `tell`. The anchor makes it part of a graph without a leaf.
 
     x is saved as autograd saves it, so that a change of it in place is an error, and checkpointing need not keep it.
     """

@@ -22,8 +22,8 @@ def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[...
 
     `torch.func.grad` keeps the graph of the backward pass, so that its result can be differentiated again, for 1.4 to 1.7
     times the time and 1.5 times the memory. Where nobody can ask for that, this takes `torch.autograd.grad`, and value, aux
-    and grads come without a graph: outside of every torch.func transform, of torch.compile and of inference mode, when no leaf
-    of `params` requires grad or gradients are off. Elsewhere it is `torch.func.grad_and_value`. The values are the same.
+    and grads come without a graph: outside of every torch.func transform and of torch.compile, when no leaf of `params`
+    requires grad or gradients are off. Elsewhere it is `torch.func.grad_and_value`. The values are the same.
 
     Raises LoraFuncError where the loss is not a scalar tensor.
     """
@@ -32,11 +32,11 @@ def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[...
     def g(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         leaves, structure = pytree.tree_flatten(params)
         differentiable = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-        # in inference mode autograd records nothing, whatever enable_grad says; torch.func's transforms still do
-        if torch.compiler.is_compiling() or differentiable or torch.is_inference_mode_enabled() or in_transform():
+        if torch.compiler.is_compiling() or differentiable or in_transform():
             grads, value = torch.func.grad_and_value(f, has_aux=has_aux)(params, *args, **kwargs)
             return value, grads
-        with torch.enable_grad():
+        # in inference mode autograd records nothing, whatever enable_grad says, and torch.func before 2.13 returns zeros
+        with torch.inference_mode(False), torch.enable_grad():
             leaves = [leaf.detach().requires_grad_() for leaf in leaves]
             value = f(pytree.tree_unflatten(leaves, structure), *args, **kwargs)
             loss = value[0] if has_aux else value

@@ -6,6 +6,7 @@ import hashlib
 from typing import Any
 
 import torch
+from cases import data_for
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -78,6 +79,7 @@ def adapted(
     """A tiny Llama with an adapter on q_proj and v_proj whose parameters have moved."""
     model = tiny_llama() if model is None else model
     options.setdefault("targets", lf.Targets(names=(r"q_proj$", r"v_proj$")))
+    options = {**data_for(rules, model, options["targets"]), **options}
     adapter, params = lf.adapt(model, lf.LoRA(r=4) if rules is None else rules, **options)
     return model, adapter, trained(params)
 

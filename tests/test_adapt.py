@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from cases import CASES
+from cases import catalogue, data_for
 from models import adapted, mlp, qwen3_600m, text_batch, tiny_llama, trained
 from torch import nn
 from transformers import BatchEncoding
@@ -209,15 +209,15 @@ def test_a_packed_weight_that_nobody_knows():
 # the Adapter
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_init_draws_afresh(case):
+@pytest.mark.parametrize("variant", catalogue(at_base=True).values(), ids=catalogue(at_base=True).keys())
+def test_init_draws_afresh(variant):
     """The generator decides, each draw is the identity, and draws are independent of each other."""
     model, batch = tiny_llama(), text_batch()
-    variant = case.make(**({} if case.ranks(32, 24) is None else {"r": 4}))
-    adapter, params = lf.adapt(model, variant, targets=Q_V, generator=torch.Generator().manual_seed(1))
-    again = adapter.init(model, generator=torch.Generator().manual_seed(1))
+    data = data_for(variant, model, Q_V)
+    adapter, params = lf.adapt(model, variant, targets=Q_V, generator=torch.Generator().manual_seed(1), **data)
+    again = adapter.init(model, generator=torch.Generator().manual_seed(1), **data)
     assert all(torch.equal(params[key], again[key]) for key in params)
-    other = adapter.init(model, generator=torch.Generator().manual_seed(2))
+    other = adapter.init(model, generator=torch.Generator().manual_seed(2), **data)
     assert other.keys() == params.keys()
     torch.testing.assert_close(adapter(model, other, batch).logits, model(**batch).logits)
     other["model.layers.0.self_attn.q_proj.lora_" + next(iter(params)).rpartition("lora_")[2]].add_(1)
@@ -250,7 +250,7 @@ def test_adapter_to_moves_the_constants():
 
 def test_repr():
     _, adapter, _ = adapted()
-    assert repr(adapter) == "Adapter(4 x LoRA(r=4, alpha=16.0, rslora=False); 1,088 parameters)"
+    assert repr(adapter) == "Adapter(4 x LoRA(r=4, alpha=16.0, rslora=False, lr_ratio=1.0); 1,088 parameters)"
 
 
 # a researcher's own variant, in a notebook

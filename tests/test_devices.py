@@ -82,6 +82,7 @@ def test_transforms(where, tmp_path):
         grad(params)
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # transformers, where there is a GPU
 def test_generate_and_probe(offload):
     """A bound view of an offloaded model generates, and the probe can tell that the base is as it was."""
     model, batch = tiny_llama(), text_batch()

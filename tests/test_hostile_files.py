@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import data_for
 from hypothesis import settings
 from torch import nn
 
@@ -53,6 +54,8 @@ RULES = {
     "dora": lf.DoRA(r=2, detach_norm=False),
     "delora": lf.DeLoRA(r=2, init="paper"),
     "hra": lf.HRA(r=2, init_norm=0.5),
+    "corda": lf.CorDA(r=2),
+    "antipasto": lf.AntiPaSTO(r=2),
     "mixture": {"0": lf.IA3(), "2": lf.IA3FF(), "4": lf.LoRA(r=1)},
     "loose": Loose(),
 }
@@ -66,7 +69,8 @@ def base() -> nn.Module:
 
 def valid_file(rules: Any, folder: Path) -> bytes:
     """What `save` writes for an adapter of `base()`."""
-    adapter, params = lf.adapt(base(), rules, targets=lf.Targets(roles=()))
+    model, targets = base(), lf.Targets(roles=())
+    adapter, params = lf.adapt(model, rules, targets=targets, **data_for(rules, model, targets))
     lf.save(folder / NAME, adapter, {key: leaf + 0.1 * torch.randn_like(leaf) for key, leaf in params.items()})
     return (folder / NAME).read_bytes()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, layers
+from cases import CASES, Case, data_for, layers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ DTYPES = list(TOLERANCE)
 small = st.integers(2, 6)
 
 over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+over_trained = pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items() if case.trains])
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
@@ -123,7 +124,7 @@ def test_shape_and_dtype(case: Case, dtype, data):
     assert (out.shape, out.dtype) == (base_out.shape, base_out.dtype)
 
 
-@over_cases
+@over_trained
 @given(data=st.data())
 def test_vmap_is_the_loop(case: Case, data):
     """Over stacked parameters, and over the rows of x."""
@@ -151,7 +152,7 @@ def test_gradients(case: Case, data):
     assert torch.autograd.gradgradcheck(f, point, atol=1e-4)  # differences of differences lose half the digits twice
 
 
-@over_cases
+@over_trained
 @given(data=st.data())
 def test_alive_at_init(case: Case, data):
     """Some leaf has a gradient at init, for a generic loss."""
@@ -164,7 +165,7 @@ def test_alive_at_init(case: Case, data):
     assert any(grad.abs().max() > 1e-8 for grad in grads.values())
 
 
-@over_cases
+@over_trained
 @given(data=st.data())
 def test_every_leaf_matters(case: Case, data):
     """Moving any one trainable leaf from its trained value moves the output."""
@@ -212,7 +213,7 @@ def test_reads_of_the_weight(case: Case, data):
 
     weight = Guarded(layer.weight.matrix, layer.weight.bias)
     weight.allowed = case.reads != "nothing"
-    layer.variant.init(weight, torch.Generator())
+    layer.variant.init(weight, torch.Generator(), layer.stats)
     weight.allowed = False
     layer(layer.trained, weight=weight)
     assert weight.calls == (layer.variant.r if case.reads == "rows" else 0)
@@ -224,11 +225,12 @@ def test_draws_from_the_generator_alone(case: Case, data):
     """The same generator state gives the same parameters, and torch's own generator is left as it was."""
     layer = data.draw(layers(case))
     state = torch.get_rng_state()
-    first, second = (layer.variant.init(layer.weight, torch.Generator().manual_seed(7)) for _ in range(2))
+    first, second = (layer.variant.init(layer.weight, torch.Generator().manual_seed(7), layer.stats) for _ in range(2))
     assert all(torch.equal(first.trainable[name], second.trainable[name]) for name in layer.names)
     assert torch.equal(torch.get_rng_state(), state)
     wide = layer.weight.dense().dtype
-    assert all(leaf.dtype in (torch.float32, wide) for leaf in {**first.trainable, **first.frozen}.values())
+    leaves = [leaf for leaf in {**first.trainable, **first.frozen}.values() if leaf.is_floating_point()]
+    assert all(leaf.dtype in (torch.float32, wide) for leaf in leaves)
 
 
 @over_cases
@@ -251,8 +253,9 @@ def test_file_round_trip(case: Case, tmp_path):
     """Saved and loaded, an adapter has the same bits: parameters, constants and output."""
     model = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 6))
     rank = case.ranks(6, 6)
-    adapter, params = lf.adapt(model, case.make(**({} if rank is None else {"r": 2})), targets=lf.Targets(roles=()))
-    params = {key: leaf + case.noise * torch.randn_like(leaf) for key, leaf in params.items()}
+    variant, targets = case.make(**({} if rank is None else {"r": 2})), lf.Targets(roles=())
+    adapter, params = lf.adapt(model, variant, targets=targets, **(data_for(variant, model, targets) if case.data else {}))
+    params = {key: leaf + case.noise(torch.randn_like(leaf)) for key, leaf in params.items()}
     lf.save(tmp_path / "adapter.safetensors", adapter, params)
     again, loaded = lf.load(tmp_path / "adapter.safetensors", model, check_base="error")
     assert dict(again.variants) == dict(adapter.variants)

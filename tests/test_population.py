@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from cases import CASES
+from cases import catalogue
 from hypothesis import given
 from hypothesis import strategies as st
 from models import adapted, checkpoint_activations, largest, mlp, state_of, text_batch, tiny_llama, trained
@@ -16,7 +16,7 @@ from torch import nn
 
 import lora_func as lf
 
-variants = {name: case.make(**({} if case.ranks(32, 24) is None else {"r": 4})) for name, case in CASES.items()}
+variants = catalogue()
 over_variants = pytest.mark.parametrize("variant", variants.values(), ids=variants.keys())
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES
+from cases import catalogue, data_for
 from models import adapted, mlp, state_of, text_batch, tiny_llama
 from torch import nn
 
 import lora_func as lf
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_a_live_adapter(case):
+@pytest.mark.parametrize("variant", catalogue(at_base=True).values(), ids=catalogue(at_base=True).keys())
+def test_a_live_adapter(variant):
     model, batch = tiny_llama(), text_batch()
-    variant = case.make(**({} if case.ranks(32, 24) is None else {"r": 4}))
-    adapter, params = lf.adapt(model, variant)
+    adapter, params = lf.adapt(model, variant, **data_for(variant, model, lf.Targets()))
     before = state_of(model)
     found = lf.probe(adapter, model, params, batch)
     assert state_of(model) == before

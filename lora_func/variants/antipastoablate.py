@@ -3,8 +3,8 @@ form is lora-lite's.
 
     F = U Ĉ [d_out, k],    out = base_out - c ( ((base_out - b) F) * clamp(a, 0, 1) ) Fᵀ
 
-U [d_out, r] are the top left singular vectors of W, Ĉ [r, k] an orthonormal form of the learned c: c / (|c| + 1e-6) for
-k = 1, the Q of its QR for more. For coeff and a in [0, 1] it contracts; a = 1 removes the directions wholly. The bias is
+U [d_out, r] are the top left singular vectors of W, Ĉ [r, k] an orthonormal form of the learned c: c / |c| for k = 1, the Q
+of its QR for more. For coeff and a in [0, 1] it contracts; a = 1 removes the directions wholly. The bias is
 not ablated. With a = 0 the direction could not learn, so a starts at `init_alpha` and the output at init is NOT the base
 output: it lacks that share of k directions. With calibration c starts at the top eigenvectors of E[z zᵀ], z = (y - b) U,
 otherwise at random. The clamp has no gradient outside of [0, 1]: keep a inside, after a step that left it.
@@ -23,10 +23,11 @@ from ..variant import Params, Variant, check_number, check_positive, check_rank
 
 
 @full_precision
-def orthonormal(c):
-    """Ĉ [r, k], at least float32."""
+def directions(U, c):
+    """F [d_out, k], in the dtype of U. (|c| + 1e-6, as lora-lite has it, would leave 1e-6 of the direction behind.)"""
     c = at_least_float32(c)
-    return c / (c.norm() + 1e-6) if c.shape[-1] == 1 else torch.linalg.qr(c).Q
+    C = c / c.norm().clamp(min=1e-6) if c.shape[-1] == 1 else torch.linalg.qr(c).Q
+    return U @ C.to(U.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +64,11 @@ class AntiPaSTOAblate(Variant):
         return Params({"c": c, "a": torch.full((self.k,), self.init_alpha)}, frozen={"U": U})
 
     def apply(self, x, base_out, weight, params):
-        F = params["U"] @ orthonormal(params["c"])  # [d_out, k]
+        F = directions(params["U"], params["c"])  # [d_out, k]
         z = coordinates(base_out, weight.bias, F)
         return add_along(base_out, z * (-self.coeff * params["a"].clamp(0, 1)).to(z.dtype), F)
 
     def merged(self, weight, params):
         # (I - c F diag(a) Fᵀ) W
-        F = params["U"] @ orthonormal(params["c"])
+        F = directions(params["U"], params["c"])
         return cored(weight, F, (-self.coeff * params["a"].clamp(0, 1)).diag()), weight.bias

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from ..calibrate import Projections
 from ..errors import LoraFuncError
-from ..numerics import add_along, coordinates, cored, strongest, top_svd
+from ..numerics import add_along, coordinates, cored, strongest_svd
 from ..variant import Params, Variant, check_choice, check_number, check_rank
 
 
@@ -47,9 +47,9 @@ class AntiPaSTOArrow(Variant):
         return Projections(pool=self.pool)
 
     def init(self, weight, generator, stats=None):
-        U, _, _ = top_svd(weight, self.r if stats is None else min(weight.shape), "AntiPaSTOArrow")
+        U, _, _ = strongest_svd(weight, self.r, "AntiPaSTOArrow", stats)
         trainable = {"M": torch.zeros(self.block, self.block), "g": torch.zeros(self.r - self.block)}
-        return Params(trainable, frozen={"U": U[:, strongest(stats, self.r)]})
+        return Params(trainable, frozen={"U": U})
 
     def gain(self, g):
         """The deviation of the gains from 1, `[r - block]`."""

@@ -7,7 +7,7 @@
 C is the uncentred second moment of the layer's inputs. The top r directions lose least of W x in the mean square over the
 data, and U is the eigenbasis of E[(y - b)(y - b)ᵀ] + eps W Wᵀ: up to eps, the uncentred principal components of the layer's
 own outputs. (CorDA itself, and PEFT, take the full C and not its root: another basis.) The gain is AntiPaSTO's; g = 0 gives
-the base output to the bit. It takes at least r tokens.
+the base output to the bit. It takes at least r tokens. The anchor g0 = 0 lets `Adapter.init` start anew without data.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class AntiPaSTOCorDA(Variant):
             raise LoraFuncError(f"AntiPaSTOCorDA(r={self.r}) needs at least {self.r} calibration tokens, and got {stats.n}")
         root, _ = matrix_roots(stats.about(0), self.cov_eps)
         U, _, _ = torch.linalg.svd(at_least_float32(weight.dense()) @ root.to(weight.device), full_matrices=False)
-        return Params({"g": torch.zeros(self.r)}, frozen={"U": U[:, : self.r]})
+        return Params({"g": torch.zeros(self.r)}, frozen={"U": U[:, : self.r], "g0": U.new_zeros(self.r)})
 
     def like(self, weight, leaves):
-        return Params({"g": torch.empty(self.r)}, frozen={"U": torch.empty(weight.shape[0], self.r)})
+        return Params({"g": torch.empty(self.r)}, frozen={"U": torch.empty(weight.shape[0], self.r), "g0": torch.empty(self.r)})
 
     def gain(self, g):
         """The deviation of the gains from 1, `[r]`."""

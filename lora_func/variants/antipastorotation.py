@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..calibrate import Projections
 from ..errors import LoraFuncError
-from ..numerics import add_along, at_least_float32, full_precision, skew, strongest, top_svd
+from ..numerics import add_along, at_least_float32, full_precision, skew, strongest_svd
 from ..variant import Params, Variant, check_choice, check_positive, check_rank
 
 
@@ -60,12 +60,11 @@ class AntiPaSTORotation(Variant):
         return Projections(pool="mean_abs")
 
     def init(self, weight, generator, stats=None):
-        U, S, V = top_svd(weight, self.r if stats is None else min(weight.shape), "AntiPaSTORotation")
-        kept = strongest(stats, self.r)
+        U, S, V = strongest_svd(weight, self.r, "AntiPaSTORotation", stats)
         trainable = {"ds": torch.zeros(self.r)}
         if self.rotate_basis != "none":
             trainable["rot"] = torch.zeros(self.r // self.block_size, self.block_size * (self.block_size - 1) // 2)
-        return Params(trainable, frozen={"U": U[:, kept], "S": S[kept], "V": V[kept]})
+        return Params(trainable, frozen={"U": U, "S": S, "V": V})
 
     def turn(self, params):
         """R - I, `[r / block_size, block_size, block_size]`."""

@@ -7,12 +7,14 @@
 A0 and B0 take different triplets of the gradient, so that the first update of BA spans 2r of its directions. That is PEFT's
 "ArB2r" with scale "stable", S within B0 included; the paper's text scales both factors and leaves S out. G is summed up from
 inputs and output gradients during calibration, and divided by the number of batches, so that B0 does not grow with it: no
-weight needs `requires_grad`, and a quantized one works. The output at init is the base output to the bit. The weight itself is never read.
+weight needs `requires_grad`, and a quantized one works. The output at init is the base output to the bit. The weight itself
+is never read.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,7 +27,7 @@ from ..variant import Variant, Weight, check_choice, check_positive, check_rank
 class MeanGradient(OutputGradients):
     """`OutputGradients`, divided by the number of times that the layer was called."""
 
-    def update(self, state, tokens):
+    def update(self, state: Any, tokens: Any) -> Any:
         calls, G = (0, None) if state is None else state
         return calls + 1, super().update(G, tokens)
 

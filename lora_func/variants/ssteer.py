@@ -26,7 +26,7 @@ from ..variant import Params, Variant, check_number, check_rank
 
 @dataclass(frozen=True, kw_only=True)
 class SSteer(Variant):
-    """Contrastive steering of singular directions, wassname 2025 (github.com/wassname/ssteer-eval-aware). Trainable: nothing."""
+    """Steering of singular directions, wassname 2025 (github.com/wassname/ssteer-eval-aware). Trainable: nothing."""
 
     r: int = 64  # singular directions, from 1 to min(d_in, d_out)
     alpha: float = 1.0  # strength, any number; may change at inference
@@ -43,6 +43,8 @@ class SSteer(Variant):
             )
         U, S, _ = top_svd(weight, self.r, "SSteer")
         dS = (stats.to(U) @ U) * S.sqrt()  # [r]
+        if not dS.norm() > 0:
+            raise LoraFuncError("SSteer steers along a difference of mean outputs, and this one is 0 or not finite")
         return Params({}, frozen={"U": U, "dS": dS / dS.norm()})
 
     def like(self, weight, leaves):
