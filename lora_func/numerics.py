@@ -164,6 +164,11 @@ def add_along(base_out: Tensor, z: Tensor, U: Tensor) -> Tensor:
     return base_out + F.linear(z, U.to(z.dtype)).to(base_out.dtype)
 
 
+def gain(g: Tensor, coeff: float, suppress_only: bool) -> Tensor:
+    """`ELU(coeff g)`: how far the gains `1 + ELU(coeff g)`, which are positive, are from 1. `suppress_only` clamps g at 0."""
+    return F.elu(coeff * (g.clamp(max=0) if suppress_only else g))
+
+
 def cored(weight: Weight, U: Tensor, K: Tensor) -> Tensor:
     """`(I + U K Uᵀ) W` for a core `K [r, r]`."""
     W = at_least_float32(weight.dense())

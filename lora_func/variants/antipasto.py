@@ -16,10 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ..calibrate import Projections
-from ..numerics import add_along, check_fits, coordinates, cored, strongest, top_svd
+from ..numerics import add_along, check_fits, coordinates, cored, gain, strongest, top_svd
 from ..variant import Params, Variant, check_choice, check_number, check_rank
 
 
@@ -51,14 +50,10 @@ class AntiPaSTO(Variant):
         U, _, _ = top_svd(weight, min(weight.shape), "AntiPaSTO")
         return {"U": U[:, leaves["index"].to(U.device)]}
 
-    def gain(self, g):
-        """The deviation of the gains from 1, `[r]`."""
-        return F.elu(self.coeff * (g.clamp(max=0) if self.suppress_only else g))
-
     def apply(self, x, base_out, weight, params):
         z = coordinates(base_out, weight.bias, params["U"])  # [.., r]
-        return add_along(base_out, z * self.gain(params["g"]).to(z.dtype), params["U"])
+        return add_along(base_out, z * gain(params["g"], self.coeff, self.suppress_only).to(z.dtype), params["U"])
 
     def merged(self, weight, params):
         # (I + U diag(ELU(c g)) Uᵀ) W
-        return cored(weight, params["U"], self.gain(params["g"]).diag()), weight.bias
+        return cored(weight, params["U"], gain(params["g"], self.coeff, self.suppress_only).diag()), weight.bias

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from ..calibrate import Projections
 from ..errors import LoraFuncError
-from ..numerics import add_along, coordinates, cored, strongest_svd
+from ..numerics import add_along, coordinates, cored, gain, strongest_svd
 from ..variant import Params, Variant, check_choice, check_number, check_rank
 
 
@@ -51,18 +51,13 @@ class AntiPaSTOArrow(Variant):
         trainable = {"M": torch.zeros(self.block, self.block), "g": torch.zeros(self.r - self.block)}
         return Params(trainable, frozen={"U": U})
 
-    def gain(self, g):
-        """The deviation of the gains from 1, `[r - block]`."""
-        return F.elu(self.coeff * (g.clamp(max=0) if self.suppress_only else g))
-
     def apply(self, x, base_out, weight, params):
         z = coordinates(base_out, weight.bias, params["U"])  # [.., r]
         routed = F.linear(z[..., : self.block], (self.coeff * params["M"]).to(z.dtype))
-        scaled = z[..., self.block :] * self.gain(params["g"]).to(z.dtype)
+        scaled = z[..., self.block :] * gain(params["g"], self.coeff, self.suppress_only).to(z.dtype)
         return add_along(base_out, torch.cat([routed, scaled], dim=-1), params["U"])
 
     def merged(self, weight, params):
         # (I + U blockdiag(c M, diag(ELU(c g))) Uᵀ) W
-        return cored(
-            weight, params["U"], torch.block_diag(self.coeff * params["M"], self.gain(params["g"]).diag())
-        ), weight.bias
+        tail = gain(params["g"], self.coeff, self.suppress_only).diag()
+        return cored(weight, params["U"], torch.block_diag(self.coeff * params["M"], tail)), weight.bias

@@ -15,11 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ..calibrate import InputMoments
 from ..errors import LoraFuncError
-from ..numerics import add_along, at_least_float32, check_fits, coordinates, cored, matrix_roots, needs_data
+from ..numerics import add_along, at_least_float32, check_fits, coordinates, cored, gain, matrix_roots, needs_data
 from ..variant import Params, Variant, check_choice, check_number, check_positive, check_rank
 
 
@@ -55,14 +54,10 @@ class AntiPaSTOCorDA(Variant):
     def like(self, weight, leaves):
         return Params({"g": torch.empty(self.r)}, frozen={"U": torch.empty(weight.shape[0], self.r), "g0": torch.empty(self.r)})
 
-    def gain(self, g):
-        """The deviation of the gains from 1, `[r]`."""
-        return F.elu(self.coeff * (g.clamp(max=0) if self.suppress_only else g))
-
     def apply(self, x, base_out, weight, params):
         z = coordinates(base_out, weight.bias, params["U"])  # [.., r]
-        return add_along(base_out, z * self.gain(params["g"]).to(z.dtype), params["U"])
+        return add_along(base_out, z * gain(params["g"], self.coeff, self.suppress_only).to(z.dtype), params["U"])
 
     def merged(self, weight, params):
         # (I + U diag(ELU(c g)) Uᵀ) W
-        return cored(weight, params["U"], self.gain(params["g"]).diag()), weight.bias
+        return cored(weight, params["U"], gain(params["g"], self.coeff, self.suppress_only).diag()), weight.bias
