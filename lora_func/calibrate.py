@@ -7,9 +7,9 @@ A *statistic* is a triple of pure functions in the manner of an optax transform,
     stats = statistic.finalize({path: state, ...})                 sees all layers at once; one value for each
 
 `observes` says what `update` is given: "inputs" (x [n, d_in]), "outputs" (y [n, d_out]) or "gradients" (both x and dL/dy).
-Tokens are the rows that the batch's `attention_mask` keeps, in the dtype of the layer; of gradients all rows count, because the
-loss has said which do. A state is a value: layers whose states
-are one object and that see one input have one new state, so what q, k and v read is summed up once, and takes memory once.
+Tokens are the rows that the batch's `attention_mask` keeps, in the dtype of the layer; of gradients all rows count, because
+the loss has said which do. A state is a value: layers whose states are one object and that see one input have one new state, so
+what q, k and v read is summed up once, and takes memory once.
 
 The layers are observed through a view, as adapters are (see `view`): the model is never touched, whatever a batch raises.
 """

@@ -4,10 +4,10 @@ form is lora-lite's.
     F = U Ĉ [d_out, k],    out = base_out - c ( ((base_out - b) F) * clamp(a, 0, 1) ) Fᵀ
 
 U [d_out, r] are the top left singular vectors of W, Ĉ [r, k] an orthonormal form of the learned c: c / |c| for k = 1, the Q
-of its QR for more. For coeff and a in [0, 1] it contracts; a = 1 removes the directions wholly. The bias is
-not ablated. With a = 0 the direction could not learn, so a starts at `init_alpha` and the output at init is NOT the base
-output: it lacks that share of k directions. With calibration c starts at the top eigenvectors of E[z zᵀ], z = (y - b) U,
-otherwise at random. The clamp has no gradient outside of [0, 1]: keep a inside, after a step that left it.
+of its QR for more. For coeff and a in [0, 1] it contracts; a = 1 removes the directions wholly. The bias is not ablated. With
+a = 0 the direction could not learn, so a starts at `init_alpha` and the output at init is NOT the base output: it lacks that
+share of k directions. With calibration c starts at the top eigenvectors of E[z zᵀ], z = (y - b) U, otherwise at random. The
+clamp has no gradient outside of [0, 1]: keep a inside, after a step that left it.
 """
 
 from __future__ import annotations
