@@ -89,8 +89,8 @@ class Structure:
             if parameter is not None and parameter.requires_grad:
                 detached[name] = self.new[id(parameter)] = frozen(parameter, path)
         standing_in, kind = module, class_in_view(module)
-        special = kind is not type(module) or isinstance(module, hooked) or weight_hooks(module)
-        if self.whole or children or detached or special:
+        special = kind is not type(module) or isinstance(module, hooked)
+        if self.whole or children or detached or special or (module._forward_pre_hooks and weight_hooks(module)):
             if parametrize._cache_enabled and parametrize.is_parametrized(module):
                 raise LoraFuncError(
                     f"torch.nn.utils.parametrize.cached() keeps weights by the id of their module, and {path!r} is a passing "
@@ -112,6 +112,8 @@ class Structure:
 
 def frozen(parameter: Tensor, path: str) -> Tensor:
     """What stands for a parameter that requires grad. Raises LoraFuncError, with the path of its module, for a sharded one."""
+    if type(parameter) is nn.Parameter and not parameter.is_meta:
+        return parameter.detach()
     if parameter.is_meta:  # accelerate, which offloads it, makes another of its class, with its requires_grad
         return nn.Parameter(parameter.detach(), requires_grad=False)
     if hasattr(parameter, "full_tensor"):  # a DTensor; fully_shard gathers into modules of its own, and not into copies
