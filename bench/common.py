@@ -25,7 +25,11 @@ def where() -> dict[str, str]:
     """Device, versions and commit, to stand in every result file."""
     packages = ("torch", "transformers", "peft", "bitsandbytes")
     found = {name: version for name in packages if (version := version_of(name))}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {os.cpu_count()} cores"
+    )
     return {"device": device, "commit": commit(), "python": platform.python_version(), **found}
 
 
@@ -40,7 +44,9 @@ def commit() -> str:
     """Of the working tree; a machine that has only a copy of it is told by LORA_FUNC_COMMIT."""
     if given := os.environ.get("LORA_FUNC_COMMIT"):
         return given
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
     return run.stdout.strip() or "unknown"
 
 
@@ -50,7 +56,9 @@ def write(name: str, rows: Any, **about: Any) -> Path:
     folder = Path(os.environ.get("OUT", RESULTS))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{kind}.json"
-    path.write_text(json.dumps({"where": where(), **about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"where": where(), **about, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+    )
     print(f"wrote {path}")
     return path
 
@@ -76,7 +84,9 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleaved(
+    contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2
+) -> dict[str, list[float]]:
     """Seconds of each contender in each round, one after the other in every round, so that a busy machine is fair to all."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warmup + rounds):

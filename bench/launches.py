@@ -25,7 +25,9 @@ def measure(names: list[str], compiled: bool, options: argparse.Namespace) -> di
     ids = torch.randint(1000, (options.batch, options.tokens), device="cuda")
 
     def loss(p: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-        logits = adapter(model, p, {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}).logits
+        logits = adapter(
+            model, p, {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
+        ).logits
         return logits.float().square().mean()
 
     def trainer(gradients):
@@ -68,7 +70,9 @@ def measure(names: list[str], compiled: bool, options: argparse.Namespace) -> di
         start = time.perf_counter()
         compiled_grad = torch.compile(torch.func.grad(loss), fullgraph=True)
         with torch.no_grad():
-            contenders["compiled"] = trainer(lambda leaves: list(compiled_grad(dict(leaves), ids).values()))
+            contenders["compiled"] = trainer(
+                lambda leaves: list(compiled_grad(dict(leaves), ids).values())
+            )
             contenders["compiled"]()
         seconds["compiled"] = time.perf_counter() - start
         contenders["compiled"] = torch.no_grad()(contenders["compiled"])
@@ -90,13 +94,25 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--r", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--compile", nargs="*", default=["q_v"], choices=["q_v", "all"], help="which targets to compile, too")
+    parser.add_argument(
+        "--compile",
+        nargs="*",
+        default=["q_v"],
+        choices=["q_v", "all"],
+        help="which targets to compile, too",
+    )
     options = parser.parse_args()
     rows = []
     for which, names in {"q_v": Q_V, "all": LINEAR}.items():
         rows.append(measure(names, which in options.compile, options))
         row = rows[-1]
-        print(row["targets"], row["milliseconds"], row["over base"], row["seconds to prepare"], flush=True)
+        print(
+            row["targets"],
+            row["milliseconds"],
+            row["over base"],
+            row["seconds to prepare"],
+            flush=True,
+        )
     write("launches", rows, settings=vars(options))
 
 

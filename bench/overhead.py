@@ -25,7 +25,11 @@ def contenders(r: int) -> dict[str, tuple[lf.Variant, peft.PeftConfig, list[str]
     return {
         "lora": (lf.LoRA(r=r), peft.LoraConfig(r=r, target_modules=Q_V), Q_V),
         "lora, all linear": (lf.LoRA(r=r), peft.LoraConfig(r=r, target_modules=LINEAR), LINEAR),
-        "pissa": (lf.PiSSA(r=r), peft.LoraConfig(r=r, init_lora_weights="pissa_niter_4", target_modules=Q_V), Q_V),
+        "pissa": (
+            lf.PiSSA(r=r),
+            peft.LoraConfig(r=r, init_lora_weights="pissa_niter_4", target_modules=Q_V),
+            Q_V,
+        ),
         "dora": (lf.DoRA(r=r), peft.LoraConfig(r=r, use_dora=True, target_modules=Q_V), Q_V),
         "delora": (lf.DeLoRA(r=r), peft.DeloraConfig(r=r, target_modules=Q_V), Q_V),
         "ia3": (lf.IA3(), peft.IA3Config(target_modules=Q_V, feedforward_modules=[]), Q_V),
@@ -46,7 +50,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     adapter, params = lf.adapt(model, variant, targets=targets)
     leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
     theirs = peft.get_peft_model(qwen3(options.layers, options.device, dtype), config)
-    embeds = torch.randn(options.batch, options.tokens, 1024, device=options.device, dtype=dtype) * 0.02
+    embeds = (
+        torch.randn(options.batch, options.tokens, 1024, device=options.device, dtype=dtype) * 0.02
+    )
     batch = {"inputs_embeds": embeds.requires_grad_(), "use_cache": False, "logits_to_keep": 1}
 
     def step(call) -> None:
@@ -78,10 +84,14 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--variants", nargs="*", default=list(contenders(8)), help="which to measure (default: all)")
+    parser.add_argument(
+        "--variants", nargs="*", default=list(contenders(8)), help="which to measure (default: all)"
+    )
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
-    parser.add_argument("--layers", type=int, default=28 if cuda else 4, help="of the Qwen3-0.6B shape")
+    parser.add_argument(
+        "--layers", type=int, default=28 if cuda else 4, help="of the Qwen3-0.6B shape"
+    )
     parser.add_argument("--batch", type=int, default=4 if cuda else 2)
     parser.add_argument("--tokens", type=int, default=512 if cuda else 128)
     parser.add_argument("--r", type=int, default=32)

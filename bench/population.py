@@ -40,14 +40,18 @@ def loss_per_example(logits: Tensor, ids: Tensor) -> Tensor:
 class Setting:
     """A model, K adapters and `examples` sequences for each."""
 
-    def __init__(self, model, variant: lf.Variant, K: int, examples: int, options: argparse.Namespace):
+    def __init__(
+        self, model, variant: lf.Variant, K: int, examples: int, options: argparse.Namespace
+    ):
         self.model, self.K, self.examples = model, K, examples
         self.adapter, _ = lf.adapt(model, variant, targets=TARGETS)
         self.adapters = [self.adapter.init(model) for _ in range(K)]
         self.ids = torch.randint(1000, (K * examples, options.tokens), device=options.device)
         self.owner = torch.arange(K, device=options.device).repeat_interleave(examples)
         self.stacked = {key: leaf.requires_grad_() for key, leaf in lf.stack(self.adapters).items()}
-        self.leaves = [{key: leaf.requires_grad_() for key, leaf in params.items()} for params in self.adapters]
+        self.leaves = [
+            {key: leaf.requires_grad_() for key, leaf in params.items()} for params in self.adapters
+        ]
 
     def clear(self) -> None:
         for params in (self.stacked, *self.leaves):
@@ -64,7 +68,9 @@ class Setting:
         torch.autograd.grad(loss_per_example(logits, self.ids).sum(), embeds)
 
     def population(self) -> None:
-        self.step(self.stacked if self.examples == 1 else lf.select(self.stacked, self.owner), self.ids)
+        self.step(
+            self.stacked if self.examples == 1 else lf.select(self.stacked, self.owner), self.ids
+        )
         self.clear()
 
     def stack(self) -> None:
@@ -86,7 +92,9 @@ class Setting:
         torch.vmap(torch.func.grad(loss))(stacked, self.ids.unflatten(0, (self.K, self.examples)))
 
 
-def measure_ways(K: int, examples: int, options: argparse.Namespace, model, theirs) -> dict[str, Any]:
+def measure_ways(
+    K: int, examples: int, options: argparse.Namespace, model, theirs
+) -> dict[str, Any]:
     s = Setting(model, lf.LoRA(r=options.r), K, examples, options)
 
     def peft_one_by_one() -> None:
@@ -118,14 +126,26 @@ def measure_ways(K: int, examples: int, options: argparse.Namespace, model, thei
     if K * examples > 16:
         ways.pop("vmap(grad)", None)  # at the limit of the memory, if not beyond it
     many = {name: run for name, run in ways.items() if name not in once}
-    return {"variant": "lora", "K": K, "examples": examples, **summary(interleaved(many, options.rounds) | times, peaks)}
+    return {
+        "variant": "lora",
+        "K": K,
+        "examples": examples,
+        **summary(interleaved(many, options.rounds) | times, peaks),
+    }
 
 
-def measure_variant(name: str, variant: lf.Variant, options: argparse.Namespace, model) -> dict[str, Any]:
+def measure_variant(
+    name: str, variant: lf.Variant, options: argparse.Namespace, model
+) -> dict[str, Any]:
     s = Setting(model, variant, options.variants_K, 1, options)
     ways = {"base": s.base, "population": s.population}
     peaks = {way: peak_bytes(run) / 2**20 for way, run in ways.items()}
-    return {"variant": name, "K": options.variants_K, "examples": 1, **summary(interleaved(ways, options.rounds), peaks)}
+    return {
+        "variant": name,
+        "K": options.variants_K,
+        "examples": 1,
+        **summary(interleaved(ways, options.rounds), peaks),
+    }
 
 
 def summary(times: dict[str, list[float]], peaks: dict[str, float]) -> dict[str, Any]:
@@ -135,26 +155,45 @@ def summary(times: dict[str, list[float]], peaks: dict[str, float]) -> dict[str,
         "mebibytes": peaks,
         "seconds of each round": times,
     }
-    rounded = {way: f"{found['milliseconds'][way]:.0f} ms, {peaks.get(way, 0):.0f} MiB" for way in times}
+    rounded = {
+        way: f"{found['milliseconds'][way]:.0f} ms, {peaks.get(way, 0):.0f} MiB" for way in times
+    }
     print(rounded, flush=True)
     return found
 
 
 def main() -> None:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
-    parser.add_argument("--layers", type=int, default=28 if cuda else 4, help="of the Qwen3-0.6B shape")
+    parser.add_argument(
+        "--layers", type=int, default=28 if cuda else 4, help="of the Qwen3-0.6B shape"
+    )
     parser.add_argument("--tokens", type=int, default=256 if cuda else 32)
     parser.add_argument("--vocabulary", type=int, default=151936 if cuda else 8192)
     parser.add_argument("--r", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5 if cuda else 3)
-    parser.add_argument("--sequences", type=int, default=64 if cuda else 16, help="at most, K x examples: memory sets it")
-    parser.add_argument("--variants-K", type=int, default=64 if cuda else 16, help="population in which variants compare")
+    parser.add_argument(
+        "--sequences",
+        type=int,
+        default=64 if cuda else 16,
+        help="at most, K x examples: memory sets it",
+    )
+    parser.add_argument(
+        "--variants-K",
+        type=int,
+        default=64 if cuda else 16,
+        help="population in which variants compare",
+    )
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
-    model, copy = (qwen3(options.layers, options.device, dtype, vocab_size=options.vocabulary) for _ in range(2))
+    model, copy = (
+        qwen3(options.layers, options.device, dtype, vocab_size=options.vocabulary)
+        for _ in range(2)
+    )
     theirs = peft.get_peft_model(copy, peft.LoraConfig(r=options.r, target_modules=Q_V))
     rows = []
     for examples in (1, 4):

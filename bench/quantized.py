@@ -34,10 +34,16 @@ def load(folder: str, kind: str, device: str, dtype: torch.dtype) -> Qwen3ForCau
     ).requires_grad_(False)
 
 
-def measure(name: str, variant: lf.Variant, kind: str, model, options: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    name: str, variant: lf.Variant, kind: str, model, options: argparse.Namespace
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    adapter, params = lf.adapt(model, variant, targets=lf.Targets(names=(r"\.(q|v|down)_proj$",)), generator=generator)
-    ids = torch.randint(1000, (options.batch, options.tokens), generator=generator).to(options.device)
+    adapter, params = lf.adapt(
+        model, variant, targets=lf.Targets(names=(r"\.(q|v|down)_proj$",)), generator=generator
+    )
+    ids = torch.randint(1000, (options.batch, options.tokens), generator=generator).to(
+        options.device
+    )
     batch = {"input_ids": ids, "labels": ids, "use_cache": False}
     with torch.no_grad():
         identity = (adapter(model, params, batch).logits - model(**batch).logits).abs().max().item()
@@ -56,7 +62,9 @@ def measure(name: str, variant: lf.Variant, kind: str, model, options: argparse.
         optimizer.step()
         last = step()
     tangent = {key: leaf.grad.detach() for key, leaf in leaves.items()}
-    functional = torch.func.grad(lambda p: adapter(model, p, batch).loss)({key: leaf.detach() for key, leaf in leaves.items()})
+    functional = torch.func.grad(lambda p: adapter(model, p, batch).loss)(
+        {key: leaf.detach() for key, leaf in leaves.items()}
+    )
     apart = max((functional[key] - tangent[key]).abs().max().item() for key in tangent)
     row = {
         "variant": name,
@@ -67,18 +75,26 @@ def measure(name: str, variant: lf.Variant, kind: str, model, options: argparse.
         "loss after": last,
         "drop %": 100 * (first - last) / first,
         "mebibytes": peak_bytes(step) / 2**20,
-        "torch.func.grad - autograd, relative": apart / max(leaf.abs().max().item() for leaf in tangent.values()),
+        "torch.func.grad - autograd, relative": apart
+        / max(leaf.abs().max().item() for leaf in tangent.values()),
     }
-    print({key: f"{value:.3g}" if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+    print(
+        {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in row.items()},
+        flush=True,
+    )
     return row
 
 
 def main() -> None:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
-    parser.add_argument("--layers", type=int, default=8 if cuda else 2, help="of the Qwen3-0.6B shape")
+    parser.add_argument(
+        "--layers", type=int, default=8 if cuda else 2, help="of the Qwen3-0.6B shape"
+    )
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=4 if cuda else 2)
     parser.add_argument("--tokens", type=int, default=256 if cuda else 32)

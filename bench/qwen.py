@@ -33,7 +33,11 @@ except ImportError:
     from httpx import TransportError  # of huggingface_hub 1
 
 MODEL = "Qwen/Qwen3-0.6B"
-NETWORK = (TransportError, ConnectionError, TimeoutError)  # the offline mode of huggingface_hub is a ConnectionError
+NETWORK = (
+    TransportError,
+    ConnectionError,
+    TimeoutError,
+)  # the offline mode of huggingface_hub is a ConnectionError
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Q_V = (r"\.(q|v)_proj$",)
 TEXT = (
@@ -42,42 +46,14 @@ TEXT = (
 )
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What the probe needs to know of a variant."""
-
-    lr: float  # of AdamW
-    count: int  # trainable parameters on all 28 layers of Qwen3-0.6B, with r=32 where there is a rank
-    names: tuple[str, ...] = Q_V  # of the layers for that count
-    fields: dict[str, Any] = field(default_factory=dict)  # hyperparameters beyond r
-    scale: int = 1  # of r: singular directions are cheap, so there are 256 of them where LoRA has r=32
-    identity: float = 0.0  # how far logits at init may be from the base's; 0: to the bit
-
-
-LOW_RANK = 28 * 32 * (3072 + 2048)  # of A and B on q and v
-SETTINGS = {
-    "lora": Setting(2e-3, LOW_RANK),
-    "pissa": Setting(5e-4, LOW_RANK),
-    "milora": Setting(2e-3, LOW_RANK),
-    "olora": Setting(5e-4, LOW_RANK),
-    "corda": Setting(5e-4, LOW_RANK),
-    "loraga": Setting(5e-4, LOW_RANK),
-    "eva": Setting(2e-3, LOW_RANK, fields={"rho": 1.0}),
-    "dora": Setting(2e-3, LOW_RANK + 28 * 3072),
-    "delora": Setting(2e-3, LOW_RANK + 28 * 2, fields={"lambda0": 1.0, "init": "paper"}),
-    "ia3": Setting(1e-1, 28 * (1024 + 1024), names=(r"\.(k|v)_proj$",)),
-    "ia3ff": Setting(1e-1, 28 * 3072, names=(r"\.down_proj$",)),
-    # its reflections cancel up to rounding of x, which the layers above pass on to logits of the order of 20
-    "hra": Setting(1e-1, 28 * 32 * (1024 + 1024), identity=1e-3),
-    "ssvd": Setting(1e-2, 56 * (32 * 31 // 2 + 32)),
-    "antipasto": Setting(1e-1, 56 * 256, scale=8),
-    "antipastorotation": Setting(1e-2, 56 * (256 + 64 * 6), scale=8),
-    "antipastocorda": Setting(1e-1, 56 * 256, scale=8),
-    # starts by removing a share of 0.05 along one direction, because its gate has no gradient at 0
-    "antipastoablate": Setting(1e-2, 56 * (256 + 1), scale=8, identity=1.0),
-    "antipastoarrow": Setting(3e-3, 56 * (8 * 8 + 256 - 8), scale=8),
+IDENTITY = {
+    "exact": 0.0,
+    # Reflections cancel up to the rounding of x, which the layers above pass on to logits of 20.
+    "rounding": 1e-3,
+    "moved": math.inf,
 }
-UNTRAINED = {"ssteer": "steers along a difference of two sets of data and has nothing to train"}
+"""What `card.at_init` allows between the logits at init and the base's."""
+TRAINABLE = tuple(name for name, kind in lf.VARIANTS.items() if kind.card.trainable)
 
 
 @dataclass(frozen=True)
@@ -87,7 +63,7 @@ class Options:
     model: str | None = None
     """Name or folder of a causal language model for transformers. Default: Qwen/Qwen3-0.6B, or SmolLM2-135M-Instruct where
     the hub cannot be reached."""
-    variants: tuple[str, ...] = tuple(name for name in lf.VARIANTS if name not in UNTRAINED)
+    variants: tuple[str, ...] = TRAINABLE
     """Which to probe: names of the catalogue."""
     r: int = 4
     """Rank, for variants that have one."""
@@ -101,15 +77,16 @@ def main(options: Options) -> list[str]:
     """Prints and writes the table; returns the laws that were broken, as "variant: law"."""
     why = None if options.model else unreachable(MODEL)
     if why:
-        print(f"The hub cannot be reached ({why}): SmolLM2-135M-Instruct runs instead of {MODEL}.", flush=True)
+        print(
+            f"The hub cannot be reached ({why}): SmolLM2-135M-Instruct runs instead of {MODEL}.",
+            flush=True,
+        )
     base, tokenizer, name = load_model(None if why else options.model or MODEL, dtype=torch.float32)
     base = base.to(DEVICE).eval()
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"].to(DEVICE)
     batch = {"input_ids": ids, "labels": ids, "use_cache": False}
     about = f"{name}, float32, layer 0's q_proj and v_proj, one batch of {ids.numel()} tokens"
     print(f"{about}, {options.steps} steps of AdamW", flush=True)
-    for variant, reason in UNTRAINED.items():
-        print(f"not among them: {variant}, which {reason}")
     options.adapters.mkdir(parents=True, exist_ok=True)
     rows, shapes, broken = [], [], []
     for variant in (progress := tqdm(options.variants, unit="variant", mininterval=0)):
@@ -119,12 +96,18 @@ def main(options: Options) -> list[str]:
         broken += [f"{variant}: {law}" for law in failed]
     print(tabulate(rows, headers="keys", floatfmt=".4g", intfmt=","), flush=True)
     if name != MODEL:
-        print(f"\n{MODEL} with random weights: all 28 layers counted at r=32, identity with layer 0 adapted", flush=True)
+        print(
+            f"\n{MODEL} with random weights: all 28 layers counted at r=32, identity with layer 0 adapted",
+            flush=True,
+        )
         del base
         shapes, failed = check_qwen3(options.variants)
         broken += failed
         print(tabulate(shapes, headers="keys", floatfmt=".4g", intfmt=","))
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()}
+    settings = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in asdict(options).items()
+    }
     settings |= {"tokens": ids.numel(), "dtype": "float32", "model": name, "hub": why or "reached"}
     slug = name.split()[0].rsplit("/", 1)[-1].lower()
     write(f"qwen-{slug}", rows, settings=settings, shapes=shapes, broken=broken)
@@ -158,24 +141,35 @@ def unreachable(model: str, seconds: float = 5.0) -> str | None:
 
 
 def make(name: str, r: int) -> lf.Variant:
+    """A variant with the settings on its card; those along singular directions take more of them."""
     kind = lf.VARIANTS[name]
-    return kind(**({"r": r * SETTINGS[name].scale} if "r" in kind.__dataclass_fields__ else {}), **SETTINGS[name].fields)
+    rank = {"r": r * kind.card.width} if "r" in kind.__dataclass_fields__ else {}
+    return kind(**rank, **kind.card.settings)
 
 
-def adapt(model: nn.Module, variant: lf.Variant, batch: Any, **targets: Any) -> tuple[lf.Adapter, dict[str, Tensor]]:
+def adapt(
+    model: nn.Module, variant: lf.Variant, batch: Any, **targets: Any
+) -> tuple[lf.Adapter, dict[str, Tensor]]:
     calibrated = {} if variant.statistic is None else {"calibration": [batch]}
     generator = torch.Generator().manual_seed(0)
-    return lf.adapt(model, variant, targets=lf.Targets(**targets), generator=generator, **calibrated)
+    return lf.adapt(
+        model, variant, targets=lf.Targets(**targets), generator=generator, **calibrated
+    )
 
 
-def probe(name: str, base: nn.Module, batch: dict[str, Any], options: Options) -> tuple[dict[str, Any], list[str]]:
+def probe(
+    name: str, base: nn.Module, batch: dict[str, Any], options: Options
+) -> tuple[dict[str, Any], list[str]]:
     """One row of the table, and the laws that were broken. `base` is copied and never called."""
     model = copy.deepcopy(base)
     adapter, params = adapt(model, make(name, options.r), batch, names=Q_V, layers=(0,))
     start = {key: leaf.clone() for key, leaf in params.items()}
-    found = lf.probe(adapter, model, params, batch)
+    try:
+        found = lf.probe(adapter, model, params, batch)
+    except lf.LoraFuncError as error:
+        return {"variant": name}, [f"the probe runs, instead of: {error}"]
     leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
-    optimizer = torch.optim.AdamW(leaves.values(), lr=SETTINGS[name].lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(leaves.values(), lr=lf.VARIANTS[name].card.lr, weight_decay=0.0)
     for _ in range(options.steps):
         loss = adapter(model, leaves, batch).loss
         optimizer.zero_grad()
@@ -204,7 +198,9 @@ def probe(name: str, base: nn.Module, batch: dict[str, Any], options: Options) -
         "lossN": out.loss.item(),
         "drop %": 100 * (1 - out.loss.item() / found.loss),
         "gradient norm": found.gradient_norm,
-        "parameter delta": math.sqrt(sum((params[key] - start[key]).square().sum().item() for key in params)),
+        "parameter delta": math.sqrt(
+            sum((params[key] - start[key]).square().sum().item() for key in params)
+        ),
         "reload error": (out_again.logits - out.logits).abs().max().item(),
         "base": "unchanged" if unchanged else "CHANGED",
         "file": file.name,
@@ -215,18 +211,20 @@ def probe(name: str, base: nn.Module, batch: dict[str, Any], options: Options) -
 
 def laws(row: dict[str, Any], adapter: lf.Adapter) -> dict[str, bool]:
     """law, with what was found -> whether it holds. A NaN breaks each of those on numbers."""
-    tolerance, change = SETTINGS[row["variant"]].identity, f"{row['loss0']:.4g} to {row['lossN']:.4g}"
+    tolerance = IDENTITY[lf.VARIANTS[row["variant"]].card.at_init]
+    targets = [path.rsplit(".", 3)[1:] for path in adapter.targets]
+    identity, change = row["identity error"], row["perturbation delta"]
+    norm, moved, reload = row["gradient norm"], row["parameter delta"], row["reload error"]
     return {
-        f"the targets are layer 0's q_proj and v_proj, not {adapter.targets}": [
-            path.rsplit(".", 3)[1:] for path in adapter.targets
-        ]
+        f"the targets are layer 0's q_proj and v_proj, not {adapter.targets}": targets
         == [["0", "self_attn", "q_proj"], ["0", "self_attn", "v_proj"]],
-        f"identity at init within {tolerance:g}, not {row['identity error']:.3g}": row["identity error"] <= tolerance,
-        f"a perturbation moves the output, not by {row['perturbation delta']:.3g}": 0 < row["perturbation delta"] < math.inf,
-        f"the loss falls, not {change}": row["lossN"] < row["loss0"],
-        f"the gradient norm is finite and above 0, not {row['gradient norm']:.3g}": 0 < row["gradient norm"] < math.inf,
-        f"training moves the parameters, not by {row['parameter delta']:.3g}": 0 < row["parameter delta"] < math.inf,
-        f"a reload is equal to the bit, not {row['reload error']:.3g} off": row["reload error"] == 0,
+        f"identity at init within {tolerance:g}, not {identity:.3g}": identity <= tolerance,
+        f"a perturbation moves the output, not by {change:.3g}": 0 < change < math.inf,
+        f"the loss falls, not {row['loss0']:.4g} to {row['lossN']:.4g}": row["lossN"]
+        < row["loss0"],
+        f"the gradient norm is finite and above 0, not {norm:.3g}": 0 < norm < math.inf,
+        f"training moves the parameters, not by {moved:.3g}": 0 < moved < math.inf,
+        f"a reload is equal to the bit, not {reload:.3g} off": reload == 0,
         "the base keeps its bits and gets no gradient": row["base"] == "unchanged",
     }
 
@@ -235,38 +233,52 @@ def same_bits(model: nn.Module, base: nn.Module) -> bool:
     """Whether two models have the same state dict, bit by bit (so that a NaN is equal to itself)."""
     state, expected = model.state_dict(), base.state_dict()
     return state.keys() == expected.keys() and all(
-        torch.equal(state[key].contiguous().view(torch.uint8), t.contiguous().view(torch.uint8)) for key, t in expected.items()
+        torch.equal(state[key].contiguous().view(torch.uint8), t.contiguous().view(torch.uint8))
+        for key, t in expected.items()
     )
 
 
 def check_qwen3(variants: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[str]]:
-    """What needs no trained weights, on the shape of Qwen3-0.6B: a table, and the laws that were broken."""
+    """What needs no trained weights, on the shape of Qwen3-0.6B: a table, and the broken laws."""
     empty = qwen3(28, "meta", torch.float32)
     model = qwen3(28, DEVICE, torch.float32)
     ids = torch.randint(151936, (1, 256), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    data = {"input_ids": ids, "labels": ids, "use_cache": False}  # to calibrate on: at least r tokens
+    # To calibrate on: at least r tokens.
+    data = {"input_ids": ids, "labels": ids, "use_cache": False}
     batch = {"input_ids": ids[:, :16], "use_cache": False}
     with torch.no_grad():
         expected = model(**batch).logits
     rows, broken = [], []
     for name in tqdm(variants, unit="variant", mininterval=0):
-        variant, setting = make(name, r=32), SETTINGS[name]
+        variant = make(name, r=32)
         adapter, params = adapt(model, variant, data, names=Q_V, layers=(0,))
         if variant.statistic is None:
-            whole = adapt(empty, variant, data, names=setting.names)[0].shapes
-            count = sum(shape.numel() for shape in whole.values())
+            whole, _ = adapt(empty, variant, data, names=variant.card.layers)
         else:  # there is no data on the meta device; the layers are alike
-            count = 28 * sum(shape.numel() for shape in adapter.shapes.values())
-        if count != setting.count:
-            broken.append(f"{name}: {setting.count:,} trainable parameters on all layers of {MODEL}, not {count:,}")
+            whole = adapter
+        times = 28 if whole is adapter else 1
+        count = times * sum(shape.numel() for shape in whole.shapes.values())
+        declared = times * sum(
+            math.prod(shape)
+            for base in whole.base.values()
+            for shape in variant.card.shapes(variant, base.shape).values()
+        )
+        if count != declared:
+            broken.append(
+                f"{name}: {declared:,} parameters on all layers of {MODEL}, not {count:,}"
+            )
         for path in adapter.targets:
             d_out = {"q": 2048, "v": 1024}[path.rsplit(".", 1)[-1][0]]
             if adapter.base[path].shape != (d_out, 1024):
                 broken.append(f"{name}: {path} is {(d_out, 1024)}, not {adapter.base[path].shape}")
         with torch.no_grad():
             identity = (adapter(model, params, batch).logits - expected).abs().max().item()
-        if not identity <= setting.identity:
-            broken.append(f"{name}: identity at init on {MODEL}'s shape within {setting.identity:g}, not {identity:.3g}")
+        tolerance = IDENTITY[variant.card.at_init]
+        if not identity <= tolerance:
+            broken.append(
+                f"{name}: identity at init on {MODEL}'s shape within {tolerance:g}, not "
+                f"{identity:.3g}"
+            )
         rows.append({"variant": name, "trainable": count, "identity error": identity})
     return rows, broken
 

@@ -5,7 +5,6 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A test fails w
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Callable
@@ -14,36 +13,88 @@ from pathlib import Path
 from tabulate import tabulate
 
 import lora_func as lf
+from lora_func.card import TARGETS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-SOURCE = r"\((?:arXiv (?P<arxiv>[\d.]+)|(?P<page>\w+\.\w+/\S+))\)"
-DOCSTRING = re.compile(rf"(?P<what>.+), (?P<who>[^,]+ \d{{4}}) {SOURCE}\. (?:Trainable: )?(?P<leaves>.+)\.")
 
 
 def markdown(rows: list[list[str]], headers: list[str]) -> str:
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
+def trainable(card: lf.Card) -> str:
+    """ "A `[r, d_in]`, B `[d_out, r]`", in the spelling of the papers."""
+    pretty = {n: s.replace(" // ", " / ").replace(" * ", " ") for n, s in card.trainable.items()}
+    return ", ".join(f"{name} `[{shape}]`" for name, shape in pretty.items()) or "nothing"
+
+
 def variants() -> str:
-    """From the catalogue: the first line of each class's docstring has the paper and the trainable leaves."""
-    rows = []
-    for variant in lf.VARIANTS.values():
-        found = DOCSTRING.fullmatch((inspect.getdoc(variant) or "").splitlines()[0])
-        if found is None:
-            raise ValueError(
-                f"{variant.__name__}: the docstring must read 'What, Author et al. YEAR (arXiv ID). Trainable: ...', or have "
-                "the address of a page in the place of the paper's"
-            )
-        paper = f"[{found['who']}](https://{found['page'] or 'arxiv.org/abs/' + found['arxiv']})"
-        rows.append([f"`{variant.__name__}`", found["what"], paper, found["leaves"].replace("[", "`[").replace("]", "]`")])
+    """From the cards of the catalogue."""
+    rows = [
+        [
+            f"`{kind.__name__}`",
+            kind.card.title,
+            f"[{kind.card.authors}](https://{kind.card.url})",
+            trainable(kind.card),
+        ]
+        for kind in lf.VARIANTS.values()
+    ]
     return markdown(rows, ["class", "what it does", "paper", "trainable, per layer"])
+
+
+AT_INIT = {
+    "exact": "the base, to the bit",
+    "rounding": "up to rounding",
+    "moved": "moved by design",
+}
+READS = {
+    "nothing": "nothing",
+    "init": "the matrix once, at init",
+    "rows": "the matrix at init, r rows per call",
+}
+DATA = {"none": "no", "optional": "if given", "required": "yes"}
+
+
+def methods() -> str:
+    """What else the cards say: for choosing, and for coming from PEFT."""
+    rows = []
+    for kind in lf.VARIANTS.values():
+        card = kind.card
+        config = "-"
+        if card.peft is not None:
+            fields = ", ".join(
+                f"{k}={v!r}" for k, v in card.peft.fields.items() if v not in ([], TARGETS)
+            )
+            config = f"`{card.peft.config}({fields})`"
+        lr = f"{card.lr:g}" if card.trainable else "-"
+        cells = [AT_INIT[card.at_init], READS[card.reads], DATA[card.data], lr, config]
+        rows.append([f"`{kind.__name__}`", *cells, card.beside_peft])
+    headers = [
+        "class",
+        "at init",
+        "reads of the weight",
+        "calibration",
+        "lr",
+        "in PEFT",
+        "beside it",
+    ]
+    return markdown(rows, headers)
+
+
+def reference() -> str:
+    """The entries of the API page."""
+    return "\n\n".join(f"::: {kind.__module__}.{kind.__name__}" for kind in lf.VARIANTS.values())
 
 
 def ran_on(result: dict) -> str:
     where = dict(result["where"])
-    versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes") if name in where)
+    versions = ", ".join(
+        f"{name} {where[name]}"
+        for name in ("torch", "transformers", "peft", "bitsandbytes")
+        if name in where
+    )
     return f"{where['device']}; {versions}; commit {where['commit']}"
 
 
@@ -61,7 +112,17 @@ def overhead(kind: str) -> str:
         ]
         for row in result["rows"]
     ]
-    table = markdown(rows, ["variant", "layers", "time / base", "PEFT: time / base", "MiB over base", "PEFT: MiB over base"])
+    table = markdown(
+        rows,
+        [
+            "variant",
+            "layers",
+            "time / base",
+            "PEFT: time / base",
+            "MiB over base",
+            "PEFT: MiB over base",
+        ],
+    )
     memory = "peak of the step" if s["device"] == "cuda" else "bytes saved for backward"
     about = f"{s['layers']} layers, batch {s['batch']} x {s['tokens']} tokens, {s['dtype']}, r={s['r']}; memory: {memory}."
     return f"{table}\n\n{about} {ran_on(result)}."
@@ -73,10 +134,16 @@ def launches(kind: str) -> str:
     ways = ["base, eager", "eager", "compiled", "CUDA graph"]
     rows = []
     for row in result["rows"]:
-        times = [f"{row['milliseconds'][way]:.0f}" if way in row["milliseconds"] else "-" for way in ways]
+        times = [
+            f"{row['milliseconds'][way]:.0f}" if way in row["milliseconds"] else "-" for way in ways
+        ]
         rows.append([f"LoRA, {row['targets']} layers", *times])
-    table = markdown(rows, ["ms per step", "frozen base, eager", "adapted, eager", "torch.compile", "CUDA graph"])
-    about = f"{s['layers']} layers, batch {s['batch']} x {s['tokens']} tokens, bfloat16, r={s['r']}."
+    table = markdown(
+        rows, ["ms per step", "frozen base, eager", "adapted, eager", "torch.compile", "CUDA graph"]
+    )
+    about = (
+        f"{s['layers']} layers, batch {s['batch']} x {s['tokens']} tokens, bfloat16, r={s['r']}."
+    )
     return f"{table}\n\n{about} {ran_on(result)}."
 
 
@@ -88,9 +155,31 @@ def population(kind: str) -> str:
     for row in result["rows"]:
         times, peaks = row["milliseconds"], row["mebibytes"]
         cells = [f"{times[way] / times['base']:.2f}" if way in times else "-" for way in ways[1:]]
-        memory = [f"{peaks[way] / peaks['base']:.2f}" if way in peaks else "-" for way in ("population", "vmap(grad)")]
-        rows.append([row["variant"], str(row["K"]), str(row["examples"]), f"{times['base']:.0f}", *cells, *memory])
-    headers = ["variant", "K", "examples each", "base, ms", "population", "stacked", "vmap(grad)", "one by one", "PEFT"]
+        memory = [
+            f"{peaks[way] / peaks['base']:.2f}" if way in peaks else "-"
+            for way in ("population", "vmap(grad)")
+        ]
+        rows.append(
+            [
+                row["variant"],
+                str(row["K"]),
+                str(row["examples"]),
+                f"{times['base']:.0f}",
+                *cells,
+                *memory,
+            ]
+        )
+    headers = [
+        "variant",
+        "K",
+        "examples each",
+        "base, ms",
+        "population",
+        "stacked",
+        "vmap(grad)",
+        "one by one",
+        "PEFT",
+    ]
     table = markdown(rows, [*headers, "memory: population", "memory: vmap(grad)"])
     memory = "peak of the step" if s["device"] == "cuda" else "bytes saved for backward"
     about = f"{s['layers']} layers, {s['tokens']} tokens, {s['dtype']}, r={s['r']} on q and v; over the base; memory: {memory}."
@@ -121,22 +210,40 @@ def quantized(kind: str) -> str:
     columns = ["identity error", "gradient norm", "loss", "loss after", "drop %", "mebibytes"]
     apart = "torch.func.grad - autograd, relative"
     rows = [
-        [row["variant"], row["base"], *(f"{row[column]:.3g}" for column in columns), f"{row[apart]:.0e}"]
+        [
+            row["variant"],
+            row["base"],
+            *(f"{row[column]:.3g}" for column in columns),
+            f"{row[apart]:.0e}",
+        ]
         for row in result["rows"]
     ]
     table = markdown(rows, ["variant", "base", *columns[:-1], "MiB", "functional"])
     memory = "peak of a step" if s["device"] == "cuda" else "bytes saved for backward"
-    about = (
-        f"{s['layers']} layers, batch {s['batch']} x {s['tokens']}, {s['dtype']}, r={s['r']} on q, v and down; MiB: {memory}."
-    )
+    about = f"{s['layers']} layers, batch {s['batch']} x {s['tokens']}, {s['dtype']}, r={s['r']} on q, v and down; MiB: {memory}."
     return f"{table}\n\n{about} {ran_on(result)}."
+
+
+def profiled(kind: str) -> str:
+    result = json.loads((RESULTS / f"profile-{kind}.json").read_text())
+    rows = [
+        [row["variant"], f"{row['launches']:,}", f"{row['milliseconds']:.0f}"]
+        for row in result["rows"]
+    ]
+    return f"{markdown(rows, ['K=16', 'kernels launched', 'ms for which they run'])}\n\n{ran_on(result)}."
 
 
 def svd(kind: str) -> str:
     result = json.loads((RESULTS / f"svd-{kind}.json").read_text())
     s = result["settings"]
     rows = [
-        [row["spectrum"], row["way"], f"{1e3 * row['seconds']:.0f}", f"{row['times faster']:.0f}", f"{row['energy']:.4f}"]
+        [
+            row["spectrum"],
+            row["way"],
+            f"{1e3 * row['seconds']:.0f}",
+            f"{row['times faster']:.0f}",
+            f"{row['energy']:.4f}",
+        ]
         for row in result["rows"]
     ]
     table = markdown(rows, ["spectrum", "SVD", "ms", "times faster", "energy / exact"])
@@ -152,13 +259,24 @@ def qwen(model: str) -> str:
         [
             row["variant"],
             f"{row['trainable']:,}",
-            *(f"{row[column]:.3g}" for column in ("identity error", "perturbation delta", *columns)),
+            *(
+                f"{row[column]:.3g}"
+                for column in ("identity error", "perturbation delta", *columns)
+            ),
             f"{row['bytes'] / 1024:.0f}",
             shapes.get(row["variant"], "-"),
         ]
         for row in result["rows"]
     ]
-    headers = ["variant", "trainable", "identity error", "perturbation delta", *columns, "file, KiB", "all of Qwen3-0.6B, r=32"]
+    headers = [
+        "variant",
+        "trainable",
+        "identity error",
+        "perturbation delta",
+        *columns,
+        "file, KiB",
+        "all of Qwen3-0.6B, r=32",
+    ]
     about = (
         f"{s['model']}, {s['dtype']}, r={s['r']} (of the AntiPaSTO family in both columns 8 times that), {s['steps']} steps of "
         f"AdamW on {s['tokens']} tokens; the base unchanged."
@@ -168,6 +286,8 @@ def qwen(model: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "variants": variants,
+    "methods": methods,
+    "reference": reference,
     "overhead-cpu": lambda: overhead("cpu"),
     "overhead-h100": lambda: overhead("h100"),
     "launches-h100": lambda: launches("h100"),
@@ -175,6 +295,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "view-cpu": lambda: view("cpu"),
     "quantized-cpu": lambda: quantized("cpu"),
     "quantized-h100": lambda: quantized("h100"),
+    "profile-h100": lambda: profiled("h100"),
     "svd-h200": lambda: svd("h200"),
     "qwen": lambda: qwen("smollm2-135m-instruct.q4_1-cpu"),
     "population-cpu": lambda: population("cpu"),

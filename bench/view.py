@@ -16,7 +16,13 @@ from torch.func import functional_call
 
 import lora_func as lf
 
-WIDTHS = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+WIDTHS = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def main() -> None:
@@ -33,11 +39,16 @@ def main() -> None:
         "forward of the base": lambda: frozen(ids, use_cache=False),
         "forward of a bound view": lambda: bound(ids, use_cache=False),
         "forward, adapted": lambda: adapter(frozen, params, {"input_ids": ids, "use_cache": False}),
-        "forward by functional_call": lambda: functional_call(bound, params, (ids,), {"use_cache": False}),
+        "forward by functional_call": lambda: functional_call(
+            bound, params, (ids,), {"use_cache": False}
+        ),
     }
     with torch.no_grad():
         times = interleaved(steps, rounds=50, warmup=5)
-    rows = [{"step": name, "milliseconds": 1e3 * statistics.median(seconds)} for name, seconds in times.items()]
+    rows = [
+        {"step": name, "milliseconds": 1e3 * statistics.median(seconds)}
+        for name, seconds in times.items()
+    ]
     for row in rows:
         print(f"{row['step']:36s} {row['milliseconds']:.2f} ms")
     write("view", rows, settings={"layers": 28, "targets": len(adapter.targets), "rounds": 50})

@@ -1,28 +1,40 @@
 """The contract between an adapter and the engine. Read this file first.
 
-An adapter is a *variant*: a frozen dataclass whose fields are its hyperparameters and whose methods are pure functions of
-tensors. For one linear layer with input `x [.., d_in]`, weight `W [d_out, d_in]` and bias `b`, the engine computes
+An adapter is a *variant*: a frozen dataclass. Its fields are the hyperparameters; its methods are
+pure functions of tensors. For one linear layer with input `x [.., d_in]`, weight
+`W [d_out, d_in]` and bias `b`, the engine computes
 
-    x'       = variant.transform_input(x, params)            identity unless overridden
+    x'       = variant.transform_input(x, params)            x, unless overridden
     base_out = base layer of x'  =  x' Wᵀ + b
-    out      = variant.apply(x, base_out, weight, params)    `base_out` unless overridden
+    out      = variant.apply(x, base_out, weight, params)    base_out, unless overridden
 
-`params` is one flat dict under short names ("A", "B", ...): the layer's trainable tensors, its frozen constants, and the
-tensors that all layers of the variant share. Five rules hold for every variant; each was measured (see docs/design.md):
+`params` is a flat dict under short names ("A", "B", ...). It holds the layer's trainable tensors,
+its frozen constants, and the tensors that all layers of the variant share.
 
-1. Additive-residual form: `base_out + delta`, with a delta that is literally zero at init. Identity at init is then exact
-   to the bit in every dtype, and a quantized base keeps its own rounding.
-2. `x` is never cast up. Parameters live in float32 and are cast to the dtype of `x` for the product with it; small solves,
-   norms and decompositions run in float32.
-3. Nothing of size d_out x d_in, and no copy of `x`, is kept for backward.
-4. No randomness, no `.item()`, no branch on data, no write into a fresh tensor: each of these fails under `torch.vmap`.
-5. A gate near 1 is stored as its deviation from 1, so that low precision does not swallow its steps.
+A variant may split off the work that does not depend on x:
+
+    prepared = variant.prepare(weight, params, dtype)        params, unless overridden
+
+The engine calls `prepare` once, and passes the result to `transform_input` and `apply` in the
+place of `params`, for as many inputs as come. Both also take plain `params`, and then prepare
+them by `self.prepared(..)`. The result is the same to the bit.
+
+Five rules hold for every variant. docs/design.md gives the measurement behind each:
+
+1. Additive form: return `base_out + delta`, with a delta that is exactly zero at init. The output
+   at init is then the base output to the bit in every dtype, on quantized layers too.
+2. Never cast `x` up. Parameters live in float32 and are cast to the dtype of `x` for the product
+   with it. Small solves, norms and decompositions run in float32.
+3. Keep nothing of size d_out x d_in for backward, and no copy of `x`.
+4. Use no randomness, no `.item()`, no branch on data, and no write into a fresh tensor: each
+   fails under `torch.vmap`.
+5. Store a gate near 1 as its deviation from 1: low precision would swallow its steps.
 """
 
 from __future__ import annotations
 
 import abc
-import sys
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -31,16 +43,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import LoraFuncError
+from .card import Card
+from .errors import LoraFuncError, deprecated, near_misses
+from .precision import autocast_off
+
+__all__ = ["Params", "Prepared", "Statistic", "Variant", "Weight"]
+
+# What other libraries call our fields, or where we have the same thing.
+ELSEWHERE = {
+    "rank": "r",
+    "lora_r": "r",
+    "lora_alpha": "alpha",
+    "use_rslora": "rslora",
+    "use_dora": "the variant DoRA",
+    "delora_lambda": "lambda0",
+    "oft_block_size": "block_size",
+    "target_modules": "adapt(.., targets=Targets(names=..))",
+    "targets": "adapt(.., targets=Targets(names=..))",
+    "layers_to_transform": "adapt(.., targets=Targets(layers=..))",
+}
 
 
 @dataclass(frozen=True)
 class Params:
-    """What `Variant.init` returns: two dicts of tensors under short names, without a name in common.
+    """What `Variant.init` returns: two dicts of tensors under short names, with no name in common.
 
-    `trainable` leaves become the flat dict that users train; `frozen` leaves are constants that the `Adapter` carries and
-    that a file stores. A frozen leaf called `<name>0` is the *anchor* of the trainable leaf `<name>`: the value it starts
-    from, and starts from again at every `Adapter.init`.
+    `trainable` leaves become the flat dict that users train. `frozen` leaves are constants: the
+    `Adapter` carries them and a file stores them. A frozen leaf `<name>0` is the *anchor* of the
+    trainable leaf `<name>`, the value from which every `Adapter.init` starts it.
     """
 
     trainable: dict[str, Tensor]
@@ -48,13 +78,19 @@ class Params:
 
     def __post_init__(self) -> None:
         if both := self.trainable.keys() & self.frozen.keys():
-            raise LoraFuncError(f"a leaf is either trainable or frozen, but {sorted(both)} are both")
+            raise LoraFuncError(
+                f"a leaf is either trainable or frozen, but {sorted(both)} are both"
+            )
+
+
+class Prepared(dict[str, Tensor]):
+    """What `Variant.prepare` returned. The type tells it from plain `params`."""
 
 
 class Weight:
-    """The frozen linear map of one layer. It hides how the layer stores its matrix (transposed, packed in 4 bits, ...).
+    """The frozen linear map of one layer. It hides how the layer stores its matrix.
 
-    `Weight(matrix [d_out, d_in], bias [d_out] or None)` is a plain one. A variant that needs no weight never calls it.
+    `Weight(matrix [d_out, d_in], bias [d_out] or None)` is a plain one.
     """
 
     def __init__(self, matrix: Tensor, bias: Tensor | None = None):
@@ -69,126 +105,180 @@ class Weight:
 
     @property
     def device(self) -> torch.device:
-        """Where the layer's parameters belong."""
+        """The device where the layer computes, and where its parameters belong."""
         return self.matrix.device
 
     def __call__(self, z: Tensor) -> Tensor:
-        """`z Wᵀ` without the bias, `[.., d_in] -> [.., d_out]`: computed in the weight's dtype, returned in that of `z`."""
+        """`z Wᵀ` without the bias, `[.., d_in] -> [.., d_out]`.
+
+        Computes in the dtype of the weight and returns that of `z`.
+        """
         return F.linear(z.to(self.matrix.dtype), self.matrix).to(z.dtype)
 
     def dense(self) -> Tensor:
-        """`W [d_out, d_in]`, in the dtype in which it is stored or dequantized. For init and merge, not for the forward."""
+        """`W [d_out, d_in]`, in the dtype in which it is stored or dequantized.
+
+        For `init` and `merged`; a forward pass calls the weight instead.
+        """
         return self.matrix
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statistic(abc.ABC):
-    """What calibration sums up for a layer (see `calibrate`). A subclass is a frozen dataclass with `update`, and what else it
-    overrides; variants whose statistics are equal share one.
+    """What calibration sums up for a layer.
+
+    A subclass is a frozen dataclass with `update`, and overrides of the rest. Variants with equal
+    statistics share one pass and one state.
     """
 
-    observes: ClassVar[str] = "inputs"  # or "outputs", or "gradients": inputs and dL/d(output)
+    observes: ClassVar[str] = "inputs"
+    """What `update` is given: "inputs", "outputs", or "gradients" (the pair of inputs and
+    dL/d(output))."""
 
     def init(self, weight: Weight) -> Any:
-        """The state before any token. None means nothing seen yet, and lets layers that read one input share their states."""
+        """The state before any token. None lets layers that read one input share their states."""
         return None
 
     @abc.abstractmethod
     def update(self, state: Any, tokens: Any) -> Any:
-        """A new state, with the rows `[n, d]` that this batch brings, n at least 1; for "gradients" a pair of them. Pure."""
+        """A new state, with the rows `[n, d]` of one batch added, n >= 1. Pure.
+
+        For "gradients", `tokens` is a pair of such rows.
+        """
 
     def finalize(self, states: Mapping[str, Any]) -> Mapping[str, Any]:
-        """path -> what `Variant.init` gets as `stats`, from the states of all layers; None where a layer saw nothing."""
+        """path -> what `Variant.init` gets as `stats`, from the states of all layers.
+
+        None for a layer that saw no token.
+        """
         return states
+
+    def check(self, stats: Any, weight: Weight) -> None:  # noqa: B027  (nothing to check)
+        """Raises LoraFuncError if `stats` is not what `finalize` returns for a layer like this."""
+
+
+class VariantType(abc.ABCMeta):
+    """Lets a constructor name its fields when it is given others."""
+
+    def __call__(cls, *args: Any, **given: Any) -> Any:
+        known = [item.name for item in dataclasses.fields(cls) if item.init]  # pyright: ignore
+        if args:
+            example = f"{cls.__name__}({known[0]}={args[0]!r})" if known else f"{cls.__name__}()"
+            raise LoraFuncError(f"{cls.__name__} takes its fields by name, as in {example}")
+        for old, new in cls.renamed.items():  # pyright: ignore
+            if old in given:
+                deprecated(f"{cls.__name__}({old}=..)", f"{new}=", "0.2")
+                given[new] = given.pop(old)
+        for name in given:
+            if name not in known:
+                fields = ", ".join(known) or "none"
+                hint = near_misses(name, known)
+                if name in ELSEWHERE:
+                    hint = f" It is called {ELSEWHERE[name]} here."
+                raise LoraFuncError(
+                    f"{cls.__name__} has no field {name!r}; its fields are: {fields}.{hint}"
+                )
+        return super().__call__(**given)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant(abc.ABC):
-    """Base class of all adapters. A subclass is a frozen, keyword-only dataclass with `init` and what it overrides."""
+class Variant(abc.ABC, metaclass=VariantType):
+    """Base class of all adapters.
+
+    A subclass is a frozen, keyword-only dataclass with `init`, and overrides of the rest.
+    """
+
+    card: ClassVar[Card] = Card()
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Old name -> new name of a field, for files and code that use the old one."""
 
     @classmethod
     def name(cls) -> str:
-        """The name under which files and the catalogue know this variant: the class name in lower case."""
+        """The name in files and in the catalogue: the class name in lower case."""
         return cls.__name__.lower()
 
     @property
     def statistic(self) -> Statistic | None:
-        """What `init` wants to know of the data that the layer sees; None for most variants."""
+        """What `init` needs to know of the data that passes the layer, if anything."""
         return None
 
     @property
     def lr_scale(self) -> Mapping[str, float]:
-        """Short names of leaves that learn at a multiple of the others' rate -> that multiple."""
+        """Short name -> multiple of the learning rate, for leaves that learn at another rate."""
         return {}
+
+    @property
+    def exact_gradient(self) -> bool:
+        """Whether autograd returns the derivative of the adapter.
+
+        False for a method that treats a part of itself as constant.
+        """
+        return True
 
     @abc.abstractmethod
     def init(self, weight: Weight, generator: torch.Generator | None, stats: Any = None) -> Params:
-        """Fresh parameters for one layer, in float32 (float64 where derived from a float64 weight).
+        """Fresh parameters for one layer, in float32 (float64 if derived from a float64 weight).
 
-        Random leaves are drawn from `generator` only (`None`: torch's default one) and on its device; the engine moves them
-        to the layer. `stats` is what calibration collected for this layer, for variants with a `statistic`. A layer for which
-        nothing is returned drops out.
+        Draws random leaves from `generator` only (None: torch's default) and on its device; the
+        engine moves them to the layer. `stats` is what calibration found for this layer. A layer
+        for which no leaf is returned gets no adapter.
         """
 
     def like(self, weight: Weight, leaves: Mapping[str, Tensor]) -> Params:
-        """What a file should hold for one layer, for its names, shapes and dtypes; `weight` has no data (device "meta").
+        """The names, shapes and dtypes that a file must hold for one layer.
 
-        A variant whose `init` needs data overrides this. `leaves` are those of the file, for shapes that depend on the data.
+        Override it if `init` needs data. `weight` is on the device "meta" and has no values.
+        `leaves` are those in the file, for shapes that depend on data.
         """
         return self.init(weight, None)
 
     def init_shared(self, weights: Sequence[Weight], generator: torch.Generator | None) -> Params:
-        """Tensors common to all layers of this variant, drawn once. `weights` are those of its layers."""
+        """Tensors that all layers of this variant share, drawn once for the `weights` of all."""
         return Params({})
 
     def rebuild(self, weight: Weight, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The frozen leaves that a file need not hold (`save(..., frozen="rebuild")`), from the weight and the other leaves.
+        """Frozen leaves that `save(.., frozen="rebuild")` may leave out, computed anew on load.
 
-        None for most variants: they must mean the same adapter wherever they are computed.
+        Empty by default. Return only constants that every machine recomputes to an equivalent
+        adapter, from the weight and the other leaves.
         """
         return {}
 
+    def prepare(
+        self, weight: Weight, params: dict[str, Tensor], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """All that `transform_input` and `apply` need and that does not depend on x.
+
+        `dtype` is that of x, or a wider one: round to it last. Runs with autocast off. `weight`
+        is None if `transform_input` was called with plain params.
+        """
+        return params
+
     def transform_input(self, x: Tensor, params: dict[str, Tensor]) -> Tensor:
-        """`x [.., d_in]` as the base layer shall see it, same shape and dtype."""
+        """`x [.., d_in]` as the base layer shall see it, in the same shape and dtype."""
         return x
 
-    def apply(self, x: Tensor, base_out: Tensor, weight: Weight, params: dict[str, Tensor]) -> Tensor:
-        """The output of the adapted layer, `[.., d_out]` in the dtype of `base_out`."""
+    def apply(
+        self, x: Tensor, base_out: Tensor, weight: Weight, params: dict[str, Tensor]
+    ) -> Tensor:
+        """The output of the adapted layer, `[.., d_out]`, in the dtype of `base_out`."""
         return base_out
 
     def merged(self, weight: Weight, params: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """`(W_eff [d_out, d_in], b_eff [d_out] or None)` such that the adapted layer is `x W_effᵀ + b_eff`.
+        """`(W_eff [d_out, d_in], b_eff [d_out] or None)`: the adapter as one linear layer.
 
-        Raises LoraFuncError where no such closed form exists.
+        Raises LoraFuncError if no such closed form exists.
         """
-        raise LoraFuncError(f"{type(self).__name__} has no closed form as one linear layer, so it cannot be merged")
+        raise LoraFuncError(
+            f"{type(self).__name__} has no closed form as one linear layer, so it cannot be merged"
+        )
 
-
-def check_rank(variant: Variant, name: str = "r") -> None:
-    """Raises LoraFuncError unless the field `name` is an integer of at least 1."""
-    value = getattr(variant, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise LoraFuncError(f"{type(variant).__name__}({name}={value!r}): {name} must be an integer of at least 1, such as 8")
-
-
-def check_positive(variant: Variant, name: str) -> None:
-    """Raises LoraFuncError unless the field `name` is a finite number above 0."""
-    value = getattr(variant, name)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value <= sys.float_info.max:  # an int of 400 digits is no float
-        raise LoraFuncError(f"{type(variant).__name__}({name}={value!r}): {name} must be a finite number above 0")
-
-
-def check_number(variant: Variant, name: str) -> None:
-    """Raises LoraFuncError unless the field `name` is a finite number."""
-    value = getattr(variant, name)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
-        raise LoraFuncError(f"{type(variant).__name__}({name}={value!r}): {name} must be a finite number")
-
-
-def check_choice(variant: Variant, name: str, choices: Sequence[Any]) -> None:
-    """Raises LoraFuncError unless the field `name` is one of `choices` (compared with its type, so that 1 is not True)."""
-    value = getattr(variant, name)
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
-        expected = " or ".join(repr(choice) for choice in choices)
-        raise LoraFuncError(f"{type(variant).__name__}({name}={value!r}): {name} must be {expected}")
+    def prepared(
+        self, weight: Weight | None, params: dict[str, Tensor], dtype: torch.dtype
+    ) -> Prepared:
+        """`params` if they are prepared already, otherwise `prepare(weight, params, dtype)`."""
+        if isinstance(params, Prepared):
+            return params
+        device = next((leaf.device for leaf in params.values()), torch.device("cpu"))
+        with autocast_off(device):
+            return Prepared(self.prepare(weight, params, dtype))  # pyright: ignore  (None)

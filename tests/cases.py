@@ -1,84 +1,104 @@
-"""One entry per variant: what the laws need to know of it. A law never asks for a name; what differs is declared here."""
+"""One entry per variant: what the tests need to know of it, beyond its card.
+
+A law never asks which variant it has. What differs is declared here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_func as lf
+from lora_func.testing import ANY, Layer, stats_for
 from lora_func.variant import Variant, Weight
-from lora_func.weight import weight_of
+from lora_func.weights.table import weight_of
+
+Ranks = Callable[[int, int], "st.SearchStrategy[int] | None"]
+
+
+def same(t: Tensor) -> Tensor:
+    return t
+
+
+@dataclass(frozen=True)
+class Peft:
+    """How PEFT's layer gets our parameters."""
+
+    leaves: Mapping[str, tuple[str, Callable[[Tensor], Tensor]]]
+    """Leaf -> (PEFT's parameter, our value -> PEFT's value)."""
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of the config, beside the card's
+    anchors: Mapping[str, str] = field(default_factory=dict)  # frozen leaf -> PEFT's, at init
+    shared: Mapping[str, str] = field(default_factory=dict)  # shared constant -> PEFT's buffer
+
+
+def of_statistic(variant: Variant, weight: Weight, seed: int) -> Any:
+    """Stats of random tokens."""
+    return stats_for(variant, weight, seed)
+
+
+def difference_of_means(variant: Variant, weight: Weight, seed: int) -> Tensor:
+    """Stats of a variant that steers between two sets of prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(weight.shape[0], generator=generator, dtype=torch.float64).to(weight.dense())
 
 
 @dataclass(frozen=True)
 class Case:
     make: Callable[..., Variant]  # hyperparameters -> variant
-    count: Callable[[int, int, int], int]  # (r, d_out, d_in) -> number of trainable parameters
-    ranks: Callable[[int, int], st.SearchStrategy[int] | None] = lambda d_out, d_in: st.integers(1, 12)  # None: it has no r
-    identity: Callable[[Variant, torch.dtype], float] = lambda variant, dtype: 0.0  # relative error at init; 0: to the bit
-    reads: str = "nothing"  # of the weight: "nothing", "init" (dense, once), "rows" (a few rows through it on each call)
-    data: bool = False  # whether init gets stats, see `stats_of`
+    ranks: Ranks = lambda d_out, d_in: st.integers(1, 12)  # None: it has no r
     smallest: int = 1  # d_out and d_in that it takes
-    noise: Callable[[Tensor], Tensor] = lambda n: 0.3 * n  # what is added to initial parameters to train them, n ~ N(0, 1)
-    trains: bool = True  # whether it has trainable leaves
-    engine: bool = True  # whether the tests of the engine run it too, and not the laws alone
-    derivative: bool = True  # whether autograd returns the derivative of the function
-    condition: Callable[[Layer], float] = lambda layer: 1.0  # by how much the formula itself amplifies rounding
+    multiple: int = 1  # of which they are multiples
+    stats: Callable[[Variant, Weight, int], Any] | None = (
+        None  # what init gets, and from which seed
+    )
+    noise: Callable[[Tensor], Tensor] = lambda n: 0.3 * n  # what training adds, from N(0, 1)
+    moved: Callable[[Any], float] = lambda variant: 0.0  # size of what it adds at init, by design
+    condition: Callable[[Layer], float] = lambda layer: 1.0  # how the formula amplifies rounding
+    activations: int = 0  # of the layer's size, that its gradient needs beside the input
+    products: int = 1  # of rank r, whose intermediates its gradient needs
+    engine: bool = True  # whether the tests of the engine run it, and not only the laws
+    peft: Peft | None = None  # the differential test, for what PEFT has
+
+    def variant(self, r: int) -> Variant:
+        """With rank r, if it has one."""
+        return self.make() if self.ranks(r, r) is None else self.make(r=r)
+
+    @property
+    def example(self) -> Variant:
+        return self.variant(4)
+
+    @property
+    def trains(self) -> bool:
+        return bool(self.example.card.trainable)
 
 
-def rank_one(d_out: int, d_in: int) -> st.SearchStrategy[int]:
-    return st.integers(1, min(d_out, d_in, 12))
+def up_to(limit: Callable[[int, int], int], smallest: int = 1, step: int = 1) -> Ranks:
+    """Multiples of `step` up to a limit and to 12."""
+
+    def ranks(d_out: int, d_in: int) -> st.SearchStrategy[int]:
+        most = min(limit(d_out, d_in), 12) // step
+        return st.integers(-(-smallest // step), most).map(lambda n: step * n)
+
+    return ranks
 
 
-def even(d_out: int, d_in: int) -> st.SearchStrategy[int]:
-    return st.integers(1, 6).map(lambda pairs: 2 * pairs)
-
-
-def even_rank(d_out: int, d_in: int) -> st.SearchStrategy[int]:
-    return st.integers(1, min(d_out, d_in, 12) // 2).map(lambda pairs: 2 * pairs)
-
-
-def from_two(d_out: int, d_in: int) -> st.SearchStrategy[int]:
-    return st.integers(2, min(d_out, d_in, 12))
-
-
-def half(d_out: int, d_in: int) -> st.SearchStrategy[int]:
-    return st.integers(1, min(d_out, d_in, 12) // 2)
-
-
-def up_to_d_in(d_out: int, d_in: int) -> st.SearchStrategy[int]:
-    return st.integers(1, min(d_in, 12))
-
-
-def none(d_out: int, d_in: int) -> None:
-    return None
-
-
-def householder_error(variant: Variant, dtype: torch.dtype) -> float:
-    return 8 * torch.finfo(dtype).eps * variant.r
-
-
-def share(variant: Variant, dtype: torch.dtype) -> float:
-    """What the variant adds at init, as a share of the base output: it does not start at the base."""
-    return (variant.init_alpha if isinstance(variant, lf.AntiPaSTOAblate) else abs(variant.alpha)) + torch.finfo(dtype).eps
+fitting = up_to(min)
+from_two = up_to(min, smallest=2)
+none: Ranks = lambda d_out, d_in: None  # noqa: E731
 
 
 def cancellation(layer: Layer) -> float:
-    """DoRA divides by the norms of the rows of W + s BA, which are short where the two terms cancel."""
+    """DoRA divides by the norms of the rows of W + s BA, which are short if the two cancel."""
     A, B = layer.trained["A"].double(), layer.trained["B"].double()
-    W, s = layer.weight.matrix.double(), layer.variant.scale
+    W, s = layer.weight.matrix.double(), layer.variant.scale  # pyright: ignore
     terms = W.abs() + s * B.abs() @ A.abs()
     return (terms.norm(dim=1) / (W + s * B @ A).norm(dim=1)).square().max().item()
-
-
-def low_rank(r: int, d_out: int, d_in: int) -> int:
-    return r * (d_out + d_in)
 
 
 def rotation(r: int, **fields: Any) -> lf.AntiPaSTORotation:
@@ -89,138 +109,146 @@ def arrow(r: int, **fields: Any) -> lf.AntiPaSTOArrow:
     return lf.AntiPaSTOArrow(r=r, block=r // 2, **fields)
 
 
-def rotations(r: int, d_out: int, d_in: int) -> int:
-    return r + r * ((4 if r % 4 == 0 else 2) - 1) // 2
-
-
-def routed(r: int, d_out: int, d_in: int) -> int:
-    return (r // 2) ** 2 + r - r // 2
-
-
-# gates within (0, 1), outside of which their clamp has no gradient; from r = 2, because one number has only a sign
-second = {"engine": False}  # another form of a variant that the engine has seen
-gated = {"noise": lambda n: 0.05 * n, "identity": share}
+A_B = {"A": ("lora_A.default.weight", same), "B": ("lora_B.default.weight", same)}
+ANCHORS = {"A0": "lora_A.default.weight", "B0": "lora_B.default.weight"}
+second: dict[str, Any] = {"engine": False}  # another form of a variant that the engine has seen
+data: dict[str, Any] = {"stats": of_statistic}
 
 CASES = {
-    "lora": Case(lf.LoRA, low_rank),
-    "lora-rs": Case(lambda r: lf.LoRA(r=r, rslora=True, alpha=4.0), low_rank),
-    "pissa": Case(lf.PiSSA, low_rank, rank_one, reads="init"),
-    "pissa-randomized": Case(lambda r: lf.PiSSA(r=r, svd="randomized"), low_rank, rank_one, reads="init", **second),
-    "milora": Case(lf.MiLoRA, low_rank, rank_one, reads="init"),
-    "olora": Case(lf.OLoRA, low_rank, rank_one, reads="init"),
-    "corda": Case(lf.CorDA, low_rank, rank_one, reads="init", data=True),
-    "corda-kpm": Case(lambda r: lf.CorDA(r=r, mode="kpm"), low_rank, rank_one, reads="init", data=True, **second),
-    "loraga": Case(lf.LoRAGA, low_rank, half, data=True, smallest=2),
-    "eva": Case(lf.EVA, low_rank, up_to_d_in, data=True),
-    "eva-whiten": Case(lambda r: lf.EVA(r=r, rho=1.0, center=False, whiten=True), low_rank, up_to_d_in, data=True, **second),
-    "dora": Case(lf.DoRA, lambda r, o, i: r * (o + i) + o, reads="rows", derivative=False, condition=cancellation),
+    "lora": Case(lf.LoRA, peft=Peft(A_B)),
+    "lora-rs": Case(
+        lambda r: lf.LoRA(r=r, rslora=True, alpha=4.0),
+        peft=Peft(A_B, {"use_rslora": True, "lora_alpha": 4.0}),
+    ),
+    "pissa": Case(lf.PiSSA, fitting, products=2, peft=Peft(A_B, anchors=ANCHORS)),
+    "pissa-randomized": Case(
+        lambda r: lf.PiSSA(r=r, svd="randomized", alpha=5.0), fitting, **second
+    ),
+    "milora": Case(lf.MiLoRA, fitting, products=2),
+    "olora": Case(lf.OLoRA, fitting, products=2, peft=Peft(A_B, anchors=ANCHORS)),
+    "corda": Case(lf.CorDA, fitting, products=2, **data),
+    "corda-kpm": Case(lambda r: lf.CorDA(r=r, mode="kpm"), fitting, **data, **second),
+    "loraga": Case(lf.LoRAGA, up_to(lambda o, i: min(o, i) // 2), smallest=2, products=2, **data),
+    "eva": Case(lf.EVA, up_to(lambda o, i: i), **data),
+    "eva-whiten": Case(
+        lambda r: lf.EVA(r=r, rho=1.0, center=False, whiten=True),
+        up_to(lambda o, i: i),
+        **data,
+        **second,
+    ),
+    "dora": Case(
+        lf.DoRA,
+        activations=1,  # base_out, for the gradient of its magnitudes
+        condition=cancellation,
+        peft=Peft({**A_B, "m": ("lora_magnitude_vector.default.weight", same)}),
+    ),
     "dora-full": Case(
-        lambda r: lf.DoRA(r=r, detach_norm=False), lambda r, o, i: r * (o + i) + o, reads="rows", condition=cancellation
+        lambda r: lf.DoRA(r=r, detach_norm=False), activations=1, condition=cancellation
     ),
-    "delora": Case(lf.DeLoRA, lambda r, o, i: r * (o + i) + 1, reads="init"),
-    "delora-paper": Case(lambda r: lf.DeLoRA(r=r, lambda0=2.0, init="paper"), lambda r, o, i: r * (o + i) + 1, reads="init"),
-    "ia3": Case(lf.IA3, lambda r, o, i: o, none),
-    "ia3ff": Case(lf.IA3FF, lambda r, o, i: i, none),
-    "hra": Case(lf.HRA, lambda r, o, i: r * i, even, identity=householder_error),
-    "ssvd": Case(lf.SSVD, lambda r, o, i: r * (r + 1) // 2, from_two, reads="init", smallest=2),
+    "delora": Case(
+        lambda r: lf.DeLoRA(r=r, lambda0=3.0),
+        peft=Peft(
+            {
+                "A": ("delora_A.default", same),
+                "B": ("delora_B.default", same),
+                "lam": ("delora_lambda.default", lambda t: t.reshape(1)),
+            },
+            {"delora_lambda": 3.0},
+        ),
+    ),
+    "delora-paper": Case(lambda r: lf.DeLoRA(r=r, lambda0=2.0, start="paper")),
+    "ia3": Case(
+        lf.IA3, none, activations=1, peft=Peft({"d": ("ia3_l.default", lambda d: (1 + d)[:, None])})
+    ),
+    "ia3ff": Case(lf.IA3FF, none, peft=Peft({"d": ("ia3_l.default", lambda d: (1 + d)[None, :])})),
+    "hra": Case(
+        lf.HRA,
+        up_to(lambda o, i: 12, smallest=2, step=2),
+        peft=Peft({"U": ("hra_u.default", lambda U: U.mT)}),
+    ),
+    "ssvd": Case(lf.SSVD, from_two, smallest=2),
     "ssvd-approximate": Case(
-        lambda r: lf.SSVD(r=r, approximate=True), lambda r, o, i: r * (r + 1) // 2, from_two, reads="init", smallest=2, **second
+        lambda r: lf.SSVD(r=r, approximate=True), from_two, smallest=2, **second
     ),
-    "antipasto": Case(lf.AntiPaSTO, lambda r, o, i: r, rank_one, reads="init"),
-    "antipasto-data": Case(lf.AntiPaSTO, lambda r, o, i: r, rank_one, reads="init", data=True, **second),
+    "antipasto": Case(lf.AntiPaSTO, fitting),
+    "antipasto-data": Case(lf.AntiPaSTO, fitting, **data, **second),
     "antipasto-suppress": Case(
         lambda r: lf.AntiPaSTO(r=r, coeff=0.7, suppress_only=True),
-        lambda r, o, i: r,
-        rank_one,
-        reads="init",
+        fitting,
         noise=lambda n: -0.3 * n.abs(),
         **second,
     ),
-    "antipastorotation": Case(rotation, rotations, even_rank, reads="init", smallest=2),
+    "antipastorotation": Case(rotation, up_to(min, 2, step=2), smallest=2),
     "antipastorotation-U": Case(
-        lambda r: rotation(r, rotate_basis="U"), rotations, even_rank, reads="init", data=True, smallest=2, **second
+        lambda r: rotation(r, rotate_basis="U", coeff=-0.7),
+        up_to(min, 2, step=2),
+        smallest=2,
+        **data,
+        **second,
     ),
     "antipastorotation-none": Case(
-        lambda r: rotation(r, rotate_basis="none"), lambda r, o, i: r, even_rank, reads="init", smallest=2, **second
+        lambda r: rotation(r, rotate_basis="none"), up_to(min, 2, step=2), smallest=2, **second
     ),
-    "antipastocorda": Case(lf.AntiPaSTOCorDA, lambda r, o, i: r, rank_one, reads="init", data=True),
+    "antipastocorda": Case(lf.AntiPaSTOCorDA, fitting, **data),
+    # The noise keeps gates within (0, 1): their clamp has no gradient outside. From r = 2 on,
+    # because one number has only a sign.
     "antipastoablate": Case(
-        lambda r: lf.AntiPaSTOAblate(r=r, init_alpha=0.5), lambda r, o, i: r + 1, from_two, reads="init", smallest=2, **gated
+        lambda r: lf.AntiPaSTOAblate(r=r, init_alpha=0.5),
+        from_two,
+        activations=1,  # base_out, for the gradient of its directions
+        smallest=2,
+        noise=lambda n: 0.05 * n,
+        moved=lambda variant: variant.init_alpha,
     ),
     "antipastoablate-2": Case(
         lambda r: lf.AntiPaSTOAblate(r=r, k=2, init_alpha=0.5, coeff=0.8),
-        lambda r, o, i: 2 * r + 2,
         from_two,
-        reads="init",
-        data=True,
+        activations=1,
         smallest=2,
-        **gated,
+        noise=lambda n: 0.05 * n,
+        moved=lambda variant: variant.init_alpha,
+        **data,
         **second,
     ),
-    "antipastoarrow": Case(arrow, routed, from_two, reads="init", smallest=2),
+    "antipastoarrow": Case(arrow, from_two, smallest=2),
     "antipastoarrow-data": Case(
-        lambda r: arrow(r, pool="mean_abs", coeff=-0.8), routed, from_two, reads="init", data=True, smallest=2, **second
+        lambda r: arrow(r, pool="mean_abs", coeff=-0.8), from_two, smallest=2, **data, **second
     ),
     "ssteer": Case(
-        lambda r: lf.SSteer(r=r, alpha=0.7), lambda r, o, i: 0, rank_one, reads="init", data=True, identity=share, trains=False
+        lambda r: lf.SSteer(r=r, alpha=0.7),
+        fitting,
+        stats=difference_of_means,
+        moved=lambda variant: abs(variant.alpha),
     ),
 }
 
 
 def catalogue(r: int = 4, at_base: bool = False) -> dict[str, Variant]:
-    """What trains, at one rank, for tests of the engine; with `at_base`, what starts at the base (to rounding)."""
-    cases = {name: case for name, case in CASES.items() if case.trains and case.engine}
+    """What trains, at one rank, for tests of the engine; `at_base`: what starts at the base."""
     return {
-        name: case.make(**({} if case.ranks(r, r) is None else {"r": r}))
-        for name, case in cases.items()
-        if not (at_base and case.identity is share)
+        name: case.variant(r)
+        for name, case in CASES.items()
+        if case.trains and case.engine and not (at_base and starts_elsewhere(case.example))
     }
 
 
+def starts_elsewhere(variant: Variant) -> bool:
+    return variant.card.at_init == "moved"
+
+
 def stats_of(variant: Variant, weight: Weight, seed: int = 0) -> Any:
-    """What calibration on some tokens gives the layer, for a variant that looks at data."""
-    d_in, W = weight.shape[1], weight.dense()
-    tokens = torch.randn(64, d_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    x = (tokens * torch.linspace(0.5, 2, d_in) + 0.3).to(W)
-    y = F.linear(x, W, None if weight.bias is None else weight.bias.to(W.dtype))
-    if isinstance(variant, lf.SSteer):
-        return y[:32].mean(0) - y[32:].mean(0)
-    observed = {"inputs": x, "outputs": y, "gradients": (x, y.tanh() / 64)}[variant.statistic.observes]
-    state = variant.statistic.update(variant.statistic.init(weight), observed)
-    return variant.statistic.finalize({"": state})[""]
+    """What `init` gets for a layer; None if the variant looks at no data."""
+    steers = variant.statistic is None and variant.card.data == "required"
+    return (difference_of_means if steers else of_statistic)(variant, weight, seed)
 
 
-def data_for(variant: Any, model: nn.Module, targets: lf.Targets) -> dict[str, Any]:
-    """The arguments that `lf.adapt` takes beyond these three, where the variant looks at data."""
-    if getattr(variant, "statistic", None) is None and not isinstance(variant, lf.SSteer):
+def data_for(rules: Any, model: nn.Module, targets: lf.Targets) -> dict[str, Any]:
+    """The arguments that `lf.adapt` takes beyond these three, if the variant looks at data."""
+    if not isinstance(rules, Variant) or rules.card.data == "none":
         return {}
     with torch.no_grad():
-        return {"stats": {path: stats_of(variant, weight_of(model.get_submodule(path))) for path in targets.find(model)}}
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer with an adapter, drawn by hypothesis."""
-
-    variant: Variant
-    weight: Weight
-    stats: Any  # what init got
-    x: Tensor  # [*lead, d_in]
-    init: dict[str, Tensor]  # trainable | frozen, as `init` made them
-    names: tuple[str, ...]  # of the trainable ones
-    trained: dict[str, Tensor]  # the same with noise on the trainable ones
-
-    def base(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.matrix, self.weight.bias)
-
-    def __call__(self, params: dict[str, Tensor], x: Tensor | None = None, weight: Weight | None = None) -> Tensor:
-        """What the engine computes, written down once more."""
-        x = self.x if x is None else x
-        base_out = self.base(self.variant.transform_input(x, params))
-        return self.variant.apply(x, base_out, weight or self.weight, params)
-
-    def at(self, trainable: dict[str, Tensor]) -> Tensor:
-        return self({**self.trained, **trainable})
+        layers = {path: model.get_submodule(path) for path in targets.find(model)}
+        return {"stats": {path: stats_of(rules, weight_of(x)) for path, x in layers.items()}}
 
 
 @st.composite
@@ -229,24 +257,25 @@ def layers(
     case: Case,
     dtype: torch.dtype = torch.float64,
     sizes: st.SearchStrategy[int] = st.integers(1, 96),
-    leads: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (5,), (2, 3), (2, 0, 3)),
+    leads: tuple[tuple[int, ...], ...] = ANY,
 ) -> Layer:
     """A layer in `dtype`, with parameters in float32 (float64 for a float64 layer)."""
-    d_out, d_in = (max(case.smallest, draw(sizes)) for _ in range(2))
+    d_out, d_in = (
+        max(case.smallest, n - n % case.multiple) for n in (draw(sizes) for _ in range(2))
+    )
     rank = case.ranks(d_out, d_in)
     variant = case.make(**({} if rank is None else {"r": draw(rank)}))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    W = normal(d_out, d_in) / d_in**0.5
-    b = normal(d_out) if draw(st.booleans()) else None
-    weight = Weight(W.to(dtype), None if b is None else b.to(dtype))
-    stats = stats_of(variant, weight, draw(st.integers(0, 99))) if case.data else None
-    params = variant.init(weight, generator, stats)
-    wide = torch.promote_types(dtype, torch.float32)
-    trainable = {name: leaf.to(wide) for name, leaf in params.trainable.items()}
-    trained = {name: leaf + case.noise(normal(*leaf.shape)).to(wide) for name, leaf in trainable.items()}
-    x = normal(*draw(st.sampled_from(leads)), d_in).to(dtype)
-    return Layer(variant, weight, stats, x, {**trainable, **params.frozen}, tuple(trainable), {**trained, **params.frozen})
+    stats, seed = case.stats, draw(st.integers(0, 99))
+    layer = Layer.draw(
+        variant,
+        (d_out, d_in),
+        generator,
+        lead=draw(st.sampled_from(leads)),
+        bias=draw(st.booleans()),
+        dtype=dtype,
+        noise=case.noise,
+        stats=None if stats is None else lambda weight: stats(variant, weight, seed),
+        moved=case.moved(variant),
+    )
+    return dataclasses.replace(layer, condition=case.condition(layer))

@@ -1,4 +1,4 @@
-"""Hypothesis profiles, one thread per worker, and the data that tests may look for outside the project."""
+"""Hypothesis profiles, one thread per worker, and data that lies outside of the project."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
 settings.register_profile("ci", max_examples=20, derandomize=True, **slow)
-settings.register_profile("thorough", max_examples=500, **slow)
+settings.register_profile("soak", max_examples=500, **slow)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
@@ -34,6 +34,6 @@ def gsm8k() -> Path:
     """The GSM8K question/answer files, which lie beside the project and are no part of it."""
     folder = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
     if not (folder / "train.jsonl").is_file():
-        # not ours to copy, so a lone checkout has none; that the format is read is tested there with lines of our own
+        # A lone checkout has none: the data is not ours to copy. Other tests read lines of our own.
         pytest.skip(f"needs GSM8K as train.jsonl in {folder}")
     return folder

@@ -1,4 +1,7 @@
-"""What test_distributed.py runs on two ranks: the laws of an adapter on a base that `fully_shard` has sharded."""
+"""The laws of an adapter on a base that `fully_shard` has sharded.
+
+test_distributed.py runs this file on two ranks.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,17 @@ from torch.distributed.tensor import distribute_tensor
 
 import lora_func as lf
 
-# FSDP2's all-gather of 2.11 asks torch.func's wrapped tensors for a storage, which they do not have
+# The all-gather of FSDP2 in 2.11 reads the storage of tensors, and torch.func's wrappers have none.
 RECENT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
-VARIANTS = [lf.LoRA(r=4), lf.DoRA(r=4), lf.PiSSA(r=4), lf.DeLoRA(r=4), lf.DeLoRA(r=4, init="paper"), lf.HRA(r=4), lf.IA3()]
+VARIANTS = [
+    lf.LoRA(r=4),
+    lf.DoRA(r=4),
+    lf.PiSSA(r=4),
+    lf.DeLoRA(r=4),
+    lf.DeLoRA(r=4, start="paper"),
+    lf.HRA(r=4),
+    lf.IA3(),
+]
 
 
 def shard(model: nn.Module) -> nn.Module:
@@ -31,7 +42,7 @@ def shard(model: nn.Module) -> nn.Module:
 
 
 def base(**changes) -> tuple[nn.Module, nn.Module]:
-    """A frozen model, and the same one sharded."""
+    """A frozen model, and a sharded copy of it."""
     model = tiny_llama(**changes).requires_grad_(False)
     return model, shard(copy.deepcopy(model))
 
@@ -40,7 +51,9 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(1)
 
 
-def gradients(adapter: lf.Adapter, model: nn.Module, params: dict[str, Tensor], batch) -> dict[str, Tensor]:
+def gradients(
+    adapter: lf.Adapter, model: nn.Module, params: dict[str, Tensor], batch
+) -> dict[str, Tensor]:
     leaves = {key: leaf.clone().requires_grad_() for key, leaf in params.items()}
     adapter(model, leaves, batch).loss.backward()
     return {key: leaf.grad for key, leaf in leaves.items()}
@@ -61,12 +74,15 @@ def batches() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def test_gradients(variant):
-    """Averaged over ranks they are those of one process on the whole batch; the base has none, and keeps its bits."""
+    """Averaged over ranks, gradients equal those of one process on the whole batch.
+
+    The base gets no gradient and keeps its bits.
+    """
     model, sharded = base()
     adapter, params = lf.adapt(model, variant)
     params, (whole, own) = trained(params), batches()
     want = gradients(adapter, model, params, whole)
-    for _ in range(2):  # the second step finds what the first one left
+    for _ in range(2):  # the second step starts from the state that the first one leaves
         assert largest(averaged(gradients(adapter, sharded, params, own)), want) < 1e-6
     _, grads = lf.value_and_grad(lambda p: adapter(sharded, p, own).loss)(params)
     assert largest(averaged(grads), want) < 1e-6
@@ -76,19 +92,26 @@ def test_gradients(variant):
 
 
 def test_adapt_after_sharding(variant):
-    """It gathers what it reads, and draws the parameters, constants and fingerprints that it draws before."""
+    """`adapt` gathers the weights that it reads.
+
+    Parameters, constants and fingerprints are the same as on the unsharded model.
+    """
     model, sharded = base(attention_bias=True)
     adapter, params = lf.adapt(model, variant, generator=seeded())
     again, same = lf.adapt(sharded, variant, generator=seeded())
     assert again.base == adapter.base
-    for given, expected in ((same, params), (again.frozen, adapter.frozen), (again.init(sharded, generator=seeded()), params)):
+    for given, expected in (
+        (same, params),
+        (again.frozen, adapter.frozen),
+        (again.init(sharded, generator=seeded()), params),
+    ):
         assert given.keys() == expected.keys()
         assert all(torch.equal(given[key], expected[key]) for key in given)
         assert not any(hasattr(leaf, "full_tensor") for leaf in given.values())
 
 
 def test_merge(variant):
-    """Merged weights are whole ones, on every rank; distributed again, they go into the sharded model."""
+    """Every rank gets whole merged weights; distributed again, they load into the sharded model."""
     model, sharded = base(attention_bias=True)
     adapter, params = lf.adapt(model, variant)
     params, (batch, _) = trained(params), batches()
@@ -96,13 +119,16 @@ def test_merge(variant):
     assert largest(merged, lf.merge(adapter, model, params)) == 0
     want = adapter(sharded, params, batch).logits
     shards = dict(sharded.named_parameters())
-    parts = {key: distribute_tensor(W, shards[key].device_mesh, shards[key].placements) for key, W in merged.items()}
+    parts = {
+        key: distribute_tensor(W, shards[key].device_mesh, shards[key].placements)
+        for key, W in merged.items()
+    }
     sharded.load_state_dict(parts, strict=False)
     torch.testing.assert_close(sharded(**batch).logits, want, rtol=0, atol=1e-4)
 
 
 def test_each_linear_layer_sharded_apart(variant):
-    """Its weight is a shard again before the variant reads it: it is gathered once more."""
+    """A layer reshards its weight before the variant reads it, so the library gathers it again."""
     model = tiny_llama().requires_grad_(False)
     adapter, params = lf.adapt(model, variant)
     params, (batch, _) = trained(params), batches()
@@ -115,18 +141,22 @@ def test_each_linear_layer_sharded_apart(variant):
 
 
 def test_transforms_files_and_generate():
-    """What needs no particular variant."""
-    model, sharded = base(attn_implementation="eager")  # the fused kernel on the CPU has no forward mode
+    """Laws that need no particular variant."""
+    # the fused attention kernel on the CPU has no forward mode
+    model, sharded = base(attn_implementation="eager")
     adapter, params = lf.adapt(model, lf.DoRA(r=4))
     params, (batch, _) = trained(params), batches()
     ids = {"input_ids": batch["input_ids"][:, :4], "max_new_tokens": 3, "do_sample": False}
 
     def everything(model):
+        def loss(p):
+            return adapter(model, p, batch).loss
+
         grads, tangent = {}, torch.zeros(())
         if RECENT:
-            grads = torch.func.grad(lambda p: adapter(model, p, batch).loss)(params)
-            _, tangent = torch.func.jvp(lambda p: adapter(model, p, batch).loss, (params,), (params,))
-        _, each = lf.value_and_grad(lambda p: adapter(model, p, batch).loss)(lf.expand(params, 4))
+            grads = torch.func.grad(loss)(params)
+            _, tangent = torch.func.jvp(loss, (params,), (params,))
+        _, each = lf.value_and_grad(loss)(lf.expand(params, 4))
         found = {**grads, "tangent": tangent, **{f"{key} each": grad for key, grad in each.items()}}
         return found, lf.bind(adapter, model, params).generate(**ids)
 
@@ -146,14 +176,15 @@ def test_a_base_that_requires_grad_is_refused():
     """A copy of its parameters would stay sharded in the forward."""
     sharded = shard(tiny_llama())
     adapter, params = lf.adapt(sharded, lf.LoRA())
-    with pytest.raises(lf.LoraFuncError, match=r"'model.embed_tokens' .*\n?.*model.requires_grad_\(False\), before"):
+    message = r"'model.embed_tokens' .*\n?.*model.requires_grad_\(False\), before"
+    with pytest.raises(lf.LoraFuncError, match=message):
         adapter(sharded, params, text_batch())
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    reading = VARIANTS[1:3]  # on each call, and at init
+    reading = VARIANTS[1:3]  # DoRA reads the weight on each call, PiSSA at init
     for law, variants in (
         (test_gradients, VARIANTS),
         (test_adapt_after_sharding, VARIANTS),

@@ -1,4 +1,4 @@
-"""Small models that tests share, and the states by which they tell that nothing touched them."""
+"""Small models that tests share, and digests that show that nothing changed a model."""
 
 from __future__ import annotations
 
@@ -11,19 +11,39 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import lora_func as lf
+from lora_func.testing import rounding_at_init
 
 VOCABULARY = 64
 
 
 def mlp(bias: bool = True) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(6, 16, bias), nn.GELU(), nn.Linear(16, 16, bias), nn.GELU(), nn.Linear(16, 4, bias))
+    return nn.Sequential(
+        nn.Linear(6, 16, bias),
+        nn.GELU(),
+        nn.Linear(16, 16, bias),
+        nn.GELU(),
+        nn.Linear(16, 4, bias),
+    )
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:
-    """Two layers, grouped-query attention, random weights; d_in and d_out differ in every kind of layer."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
+    """Two layers with grouped-query attention and random weights.
+
+    d_in and d_out differ in every kind of layer.
+    """
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+    }
     config = LlamaConfig(
-        vocab_size=VOCABULARY, num_hidden_layers=2, max_position_embeddings=64, pad_token_id=0, **{**sizes, **changes}
+        vocab_size=VOCABULARY,
+        num_hidden_layers=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        **{**sizes, **changes},
     )
     return LlamaForCausalLM(config).eval()
 
@@ -55,28 +75,35 @@ def text_batch(rows: int = 3, length: int = 10, pad: str = "right") -> dict[str,
 
 
 def trained(params: dict[str, Tensor], noise: float = 0.1) -> dict[str, Tensor]:
-    """Parameters as if after training: moved from where they start."""
+    """Parameters as if after training: noise moves them away from their start."""
     return {key: leaf + noise * torch.randn_like(leaf) for key, leaf in params.items()}
 
 
 def state_of(model: nn.Module) -> str:
-    """Everything that a call could have touched: bytes, versions, gradients, flags, hooks, attributes, structure."""
+    """A digest of everything that a call could change.
+
+    It covers bytes, versions, gradients, flags, hooks, attributes and structure.
+    """
     digest = hashlib.sha256()
+
+    def add(*facts: Any) -> None:
+        digest.update(repr(facts).encode())
+
     for name, t in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(repr((name, id(t), t._version, t.requires_grad, t.grad is None, t.dtype, t.shape)).encode())
+        add(name, id(t), t._version, t.requires_grad, t.grad is None, t.dtype, t.shape)
         digest.update(t.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
     for name, module in model.named_modules():
-        digest.update(repr((name, id(module), type(module), module.training)).encode())
+        add(name, id(module), type(module), module.training)
         for attribute, value in vars(module).items():
             entries = list(value.items()) if isinstance(value, dict) else []
-            digest.update(repr((attribute, id(value), [(str(key), id(entry)) for key, entry in entries])).encode())
+            add(attribute, id(value), [(str(key), id(entry)) for key, entry in entries])
     return digest.hexdigest()
 
 
 def adapted(
     rules: Any = None, model: nn.Module | None = None, **options: Any
 ) -> tuple[nn.Module, lf.Adapter, dict[str, Tensor]]:
-    """A tiny Llama with an adapter on q_proj and v_proj whose parameters have moved."""
+    """A tiny Llama with an adapter on q_proj and v_proj; its parameters are as if trained."""
     model = tiny_llama() if model is None else model
     options.setdefault("targets", lf.Targets(names=(r"q_proj$", r"v_proj$")))
     options = {**data_for(rules, model, options["targets"]), **options}
@@ -90,7 +117,16 @@ def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max((a[key] - b[key]).abs().max().item() for key in a)
 
 
+def assert_at_base(variant: lf.Variant, given: Tensor, base: Tensor, layers: int = 4) -> None:
+    """`given` is the base output, bit by bit or within the rounding of that many layers."""
+    error = rounding_at_init(variant, given.dtype)
+    if error == 0:
+        assert torch.equal(given, base)
+    assert (given - base).abs().max() <= layers * error * base.abs().max()
+
+
 def checkpoint_activations(model: nn.Module, use_reentrant: bool) -> None:
-    """By transformers' own switch, under the name that the installed version has for it."""
-    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    """Calls transformers' own switch, whose name depends on the installed version."""
+    switch = getattr(model, "activation_checkpointing_enable", None)
+    switch = switch or model.gradient_checkpointing_enable
     switch({"use_reentrant": use_reentrant})

@@ -1,4 +1,4 @@
-"""It works wherever the model works: every type of model, found by default, exact at init, alive in every layer."""
+"""Adapters work on every type of model: default targets, exact at init, alive in every layer."""
 
 from __future__ import annotations
 
@@ -14,27 +14,34 @@ from torch.utils import _pytree as pytree
 
 import lora_func as lf
 
-# layers that the model itself computes in vain: LLaVA reads the features of the last layer but one
+# LLaVA reads the features of the last layer but one and ignores the output of the last layer
 UNUSED = {"llava": r"vision_tower\.encoder\.layers\.1\."}
 
 
 def outputs(out) -> list[torch.Tensor]:
-    return [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+    return [t for t in tensors if t.is_floating_point()]
 
 
 def loss_of(out) -> torch.Tensor:
-    """A fixed random projection: of a normalised output, the mean square would have no gradient."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.stack([(t * torch.randn(t.shape, generator=generator)).sum() for t in outputs(out)]).sum()
+    """A fixed random projection: the mean square of a normalised output has no gradient."""
+    seeded = torch.Generator().manual_seed(0)
+    parts = [(t * torch.randn(t.shape, generator=seeded)).sum() for t in outputs(out)]
+    return torch.stack(parts).sum()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architecture(name, tmp_path):
-    """Targets, identity, liveness, gradients against merged weights, a bound view, a file; and nothing touched the model."""
+    """Everything an adapter does on one type of model, which stays unchanged.
+
+    Covers targets, identity at init, liveness, gradients against merged weights, a bound view
+    and a file.
+    """
     make, make_batch, count = ARCHITECTURES[name]
-    # frozen, because attention kernels are chosen by whether a bias in the model requires grad
+    # frozen: the choice of attention kernel depends on whether a bias of the model requires grad
     model, batch = make().eval().requires_grad_(False), make_batch()
-    base = outputs(model(**batch))  # first: where LLaVA looks at hidden states, transformers itself leaves hooks on the model
+    base = outputs(model(**batch))
+    # after the first call: transformers itself leaves hooks when LLaVA records hidden states
     before = state_of(model)
     adapter, params = lf.adapt(model, lf.LoRA(r=2))
     assert len(adapter.targets) == count, adapter.targets
@@ -48,8 +55,11 @@ def test_architecture(name, tmp_path):
 
     params = trained(params)
     _, grads = lf.value_and_grad(lambda p: loss_of(adapter(model, p, batch)))(params)
-    _, merged = lf.value_and_grad(lambda p: loss_of(functional_call(model, lf.merge(adapter, model, p), (), batch)))(params)
-    assert largest(grads, merged) <= 5e-4 * max(leaf.abs().max().item() for leaf in merged.values())  # float32
+    _, merged = lf.value_and_grad(
+        lambda p: loss_of(functional_call(model, lf.merge(adapter, model, p), (), batch))
+    )(params)
+    scale = max(leaf.abs().max().item() for leaf in merged.values())
+    assert largest(grads, merged) <= 5e-4 * scale  # float32
 
     lf.save(tmp_path / "a.safetensors", adapter, params)
     again, same = lf.load(tmp_path / "a.safetensors", model, check_base="error")
@@ -62,8 +72,9 @@ def test_architecture(name, tmp_path):
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
 def test_transformer_encoder(norm_first, grad):
-    """PyTorch's own encoder has a fused path in eval mode without gradients, which never calls its linear layers."""
-    layer = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True, norm_first=norm_first)
+    """The fused path of PyTorch's own encoder (eval, no gradients) skips its linear layers."""
+    options = {"dropout": 0.0, "batch_first": True, "norm_first": norm_first}
+    layer = nn.TransformerEncoderLayer(32, 4, 48, **options)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     x = torch.randn(2, 5, 32)
     adapter, params = lf.adapt(model, lf.LoRA(r=2))

@@ -23,7 +23,15 @@ from lora_func.variants.loraga import MeanGradient
 ALL = lf.Targets(roles=())
 Q, K, V, O, GATE, UP, DOWN = (
     f"model.layers.0.{path}_proj"
-    for path in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+    for path in (
+        "self_attn.q",
+        "self_attn.k",
+        "self_attn.v",
+        "self_attn.o",
+        "mlp.gate",
+        "mlp.up",
+        "mlp.down",
+    )
 )
 
 
@@ -84,7 +92,10 @@ class Chain(nn.Module):
 def close(a: lf.Moments, b: lf.Moments, tolerance: float) -> bool:
     assert a.n == b.n
     pairs = [(a.mean, b.mean), (a.scatter, b.scatter)]
-    return all((x.double() - y.double()).abs().max() <= tolerance * max(1.0, y.abs().max().item()) for x, y in pairs)
+    return all(
+        (x.double() - y.double()).abs().max() <= tolerance * max(1.0, y.abs().max().item())
+        for x, y in pairs
+    )
 
 
 def dense(x: torch.Tensor) -> lf.Moments:
@@ -98,7 +109,9 @@ def layer(d: int = 5, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 def moments(batches, model=None, **options) -> lf.Moments:
-    return lf.collect(layer() if model is None else model, ["0"], batches, lf.InputMoments(), **options)["0"]
+    return lf.collect(
+        layer() if model is None else model, ["0"], batches, lf.InputMoments(), **options
+    )["0"]
 
 
 # moments
@@ -121,7 +134,9 @@ def test_moments_are_those_of_all_tokens_at_once(n, cuts, seed, offset):
     assert close(moments(split), expected, 1e-12)
     assert close(moments([x[torch.randperm(n, generator=generator)]]), expected, 1e-12)
     single = moments([part.float() for part in split], layer(dtype=torch.float32))
-    assert close(single, dense(x.float()), 1e-5 * max(1.0, offset / 10))  # the mean has 7 digits; the scatter does not cancel
+    assert close(
+        single, dense(x.float()), 1e-5 * max(1.0, offset / 10)
+    )  # the mean has 7 digits; the scatter does not cancel
     assert single.mean.dtype == torch.float32
 
 
@@ -135,7 +150,9 @@ def test_covariance_and_second_moment():
 
 
 @pytest.mark.parametrize(
-    "statistic", [lf.OutputMoments(), lf.OutputMeans(), lf.Projections(), lf.Projections(pool="mean_abs")], ids=str
+    "statistic",
+    [lf.OutputMoments(), lf.OutputMeans(), lf.Projections(), lf.Projections(pool="mean_abs")],
+    ids=str,
 )
 def test_statistics_of_outputs_equal_the_dense_formulas(statistic):
     """Over the kept outputs, bias included where a statistic says so."""
@@ -151,7 +168,10 @@ def test_statistics_of_outputs_equal_the_dense_formulas(statistic):
         else:
             U = torch.linalg.svd(linear.weight.detach(), full_matrices=False)[0]
             z = ((y if linear.bias is None else y - linear.bias) @ U).detach()
-            torch.testing.assert_close(found[path], z.square().mean(0).sqrt() if statistic.pool == "rms" else z.abs().mean(0))
+            torch.testing.assert_close(
+                found[path],
+                z.square().mean(0).sqrt() if statistic.pool == "rms" else z.abs().mean(0),
+            )
 
 
 @pytest.mark.parametrize("pad", ["left", "right"])
@@ -161,17 +181,23 @@ def test_padding_changes_nothing(pad):
     batch = text_batch(pad=pad)
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     alone = [{"input_ids": row[keep][None]} for row, keep in zip(ids, mask)]
-    padded, expected = (lf.collect(model, ALL, batches, lf.InputMoments()) for batches in ([batch], alone))
+    padded, expected = (
+        lf.collect(model, ALL, batches, lf.InputMoments()) for batches in ([batch], alone)
+    )
     assert all(close(padded[path], expected[path], 1e-5) for path in expected)
     rubbish = {**batch, "input_ids": ids.masked_fill(~mask, 63)}
     assert all(
-        torch.equal(a.scatter, padded[p].scatter) for p, a in lf.collect(model, ALL, [rubbish], lf.InputMoments()).items()
+        torch.equal(a.scatter, padded[p].scatter)
+        for p, a in lf.collect(model, ALL, [rubbish], lf.InputMoments()).items()
     )
 
 
 def test_an_example_of_nothing_but_padding_counts_for_nothing():
     model, batch = tiny_llama().double(), text_batch()
-    empty = {"input_ids": torch.zeros(2, 6, dtype=torch.long), "attention_mask": torch.zeros(2, 6, dtype=torch.long)}
+    empty = {
+        "input_ids": torch.zeros(2, 6, dtype=torch.long),
+        "attention_mask": torch.zeros(2, 6, dtype=torch.long),
+    }
     found = lf.collect(model, ALL, [empty, batch, empty], lf.InputMoments())
     expected = lf.collect(model, ALL, [batch], lf.InputMoments())
     assert all(torch.equal(found[path].scatter, expected[path].scatter) for path in expected)
@@ -179,11 +205,15 @@ def test_an_example_of_nothing_but_padding_counts_for_nothing():
         lf.collect(model, ALL, [empty], lf.InputMoments())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
+)
 def test_moments_are_summed_in_float32_at_least(dtype):
     """Of what the layer sees, in its dtype."""
     model, batches = tiny_llama().to(dtype), [text_batch(), text_batch()]
-    kept, found = (lf.collect(model, ALL, batches, statistic) for statistic in (Tokens(), lf.InputMoments()))
+    kept, found = (
+        lf.collect(model, ALL, batches, statistic) for statistic in (Tokens(), lf.InputMoments())
+    )
     wide = torch.promote_types(dtype, torch.float32)
     for path, x in kept.items():
         assert x.dtype == dtype
@@ -194,7 +224,11 @@ def test_moments_are_summed_in_float32_at_least(dtype):
 @pytest.mark.parametrize("statistic", [lf.InputMoments(), lf.OutputGradients()], ids=str)
 @pytest.mark.parametrize(
     "context",
-    [torch.inference_mode, torch.no_grad, functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16)],
+    [
+        torch.inference_mode,
+        torch.no_grad,
+        functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16),
+    ],
     ids=["inference_mode", "no_grad", "autocast"],
 )
 def test_contexts_around_collect(context, statistic):
@@ -202,13 +236,20 @@ def test_contexts_around_collect(context, statistic):
     model, batches = tiny_llama(), [text_batch(), text_batch()]
     expected = lf.collect(model, [Q, DOWN], batches, statistic)
     with context():
-        fresh = ({key: leaf.clone() for key, leaf in batch.items()} for batch in batches)  # made inside, as a loader would
+        fresh = (
+            {key: leaf.clone() for key, leaf in batch.items()} for batch in batches
+        )  # made inside, as a loader would
         found = lf.collect(model, [Q, DOWN], fresh, statistic)
     for path in expected:
-        a, b = (stats[path].scatter if isinstance(statistic, lf.InputMoments) else stats[path] for stats in (found, expected))
+        a, b = (
+            stats[path].scatter if isinstance(statistic, lf.InputMoments) else stats[path]
+            for stats in (found, expected)
+        )
         assert a.dtype == torch.float32
         assert not a.is_inference()
-        assert (a - b).abs().max() <= (0.1 if context.__class__ is functools.partial else 0) * b.abs().max()
+        assert (a - b).abs().max() <= (
+            0.1 if context.__class__ is functools.partial else 0
+        ) * b.abs().max()
 
 
 def test_inputs_made_in_inference_mode():
@@ -218,7 +259,10 @@ def test_inputs_made_in_inference_mode():
         made = x.clone()
     assert torch.equal(moments([made], model).scatter, moments([x], model).scatter)
     gradients = [
-        lf.collect(model, ["0"], [batch], lf.OutputGradients(), loss=lambda y, _: y.square().sum())["0"] for batch in (made, x)
+        lf.collect(model, ["0"], [batch], lf.OutputGradients(), loss=lambda y, _: y.square().sum())[
+            "0"
+        ]
+        for batch in (made, x)
     ]
     assert torch.equal(*gradients)
 
@@ -230,7 +274,9 @@ def test_layers_that_read_one_input_share_one_state():
     stats = lf.collect(tiny_llama(), ALL, [text_batch() for _ in range(3)], lf.InputMoments())
     assert stats[Q] is stats[K] is stats[V]
     assert stats[GATE] is stats[UP]
-    assert len({id(found) for found in stats.values()}) == 2 * 4  # two layers of: q k v, o, gate up, down
+    assert (
+        len({id(found) for found in stats.values()}) == 2 * 4
+    )  # two layers of: q k v, o, gate up, down
 
 
 class Branch(nn.Module):
@@ -263,10 +309,15 @@ class Branch(nn.Module):
 )
 def test_sharing_is_never_more_than_an_optimization(plans):
     """Each layer's moments are those of what it alone saw, whatever the layers had in common, when, and how often."""
-    model, batches = Branch(), [{"x": torch.randn(3, 4, dtype=torch.float64), "plan": plan} for plan in plans]
+    model, batches = (
+        Branch(),
+        [{"x": torch.randn(3, 4, dtype=torch.float64), "plan": plan} for plan in plans],
+    )
     own = {name: [] for name in "abc"}
     hooks = [
-        getattr(model, name).register_forward_hook(lambda _, args, __, name=name: own[name].append(args[0].clone()))
+        getattr(model, name).register_forward_hook(
+            lambda _, args, __, name=name: own[name].append(args[0].clone())
+        )
         for name in own
     ]
     for batch in copy.deepcopy(batches):
@@ -293,15 +344,24 @@ class Reshaping(nn.Module):
 def test_flattened_tokens_with_a_mask():
     model, ids = Reshaping(), torch.randint(0, 20, (3, 5))
     mask = (torch.rand(3, 5) > 0.4).long()
-    found = lf.collect(model, ["flat"], [{"input_ids": ids, "attention_mask": mask}], lf.InputMoments())["flat"]
+    found = lf.collect(
+        model, ["flat"], [{"input_ids": ids, "attention_mask": mask}], lf.InputMoments()
+    )["flat"]
     assert close(found, dense(model.embed(ids)[mask.bool()].detach()), 1e-5)
 
 
 def test_a_layer_to_which_the_mask_does_not_apply_is_named():
-    model, batch = Reshaping(), {"input_ids": torch.randint(0, 20, (3, 5)), "attention_mask": torch.ones(3, 5)}
-    assert lf.collect(model, ["pool"], [batch], lf.InputMoments())["pool"].n == 3  # nothing is padded: nothing to apply
+    model, batch = (
+        Reshaping(),
+        {"input_ids": torch.randint(0, 20, (3, 5)), "attention_mask": torch.ones(3, 5)},
+    )
+    assert (
+        lf.collect(model, ["pool"], [batch], lf.InputMoments())["pool"].n == 3
+    )  # nothing is padded: nothing to apply
     batch["attention_mask"][0, 3:] = 0
-    with pytest.raises(lf.LoraFuncError, match=r"'pool' sees an input of shape \(3, 4\).*Leave the layer out"):
+    with pytest.raises(
+        lf.LoraFuncError, match=r"'pool' sees an input of shape \(3, 4\).*Leave the layer out"
+    ):
         lf.collect(model, ["pool"], [batch], lf.InputMoments())
 
 
@@ -312,7 +372,9 @@ def own_gradients(model, batches, paths, loss=None):
     """Those of autograd, with respect to weights that require grad."""
     model = copy.deepcopy(model).requires_grad_(False)
     weights = [model.get_submodule(path).weight.requires_grad_() for path in paths]
-    total = sum(model(**batch).loss if loss is None else loss(model(**batch), batch) for batch in batches)
+    total = sum(
+        model(**batch).loss if loss is None else loss(model(**batch), batch) for batch in batches
+    )
     return dict(zip(paths, torch.autograd.grad(total, weights)))
 
 
@@ -325,14 +387,19 @@ def target_loss(output, batch):
 @pytest.mark.parametrize("pad", ["left", "right"])
 def test_output_gradients_are_those_of_the_weights(loss, frozen, pad):
     """Of the summed losses, at every layer, padded or not: the loss says which tokens count. Nothing gets a .grad."""
-    model, batches = tiny_llama().double().requires_grad_(not frozen), [text_batch(pad=pad) for _ in range(3)]
+    model, batches = (
+        tiny_llama().double().requires_grad_(not frozen),
+        [text_batch(pad=pad) for _ in range(3)],
+    )
     paths = list(ALL.find(model))
     before = state_of(model)
     found = lf.collect(model, paths, batches, lf.OutputGradients(), loss=loss)
     assert state_of(model) == before
     assert all(parameter.grad is None for parameter in model.parameters())
     expected = own_gradients(model, batches, paths, loss)
-    assert largest(found, expected) <= 1e-12 * max(gradient.abs().max().item() for gradient in expected.values())
+    assert largest(found, expected) <= 1e-12 * max(
+        gradient.abs().max().item() for gradient in expected.values()
+    )
 
 
 def test_mean_gradient_does_not_grow_with_the_number_of_batches():
@@ -352,7 +419,9 @@ def test_a_layer_called_twice_adds_both_gradients():
             return self.inner(self.inner(x).tanh())
 
     model, x = Twice(), torch.randn(3, 4, dtype=torch.float64)
-    found = lf.collect(model, ["inner"], [x], lf.OutputGradients(), loss=lambda y, _: y.square().sum())["inner"]
+    found = lf.collect(
+        model, ["inner"], [x], lf.OutputGradients(), loss=lambda y, _: y.square().sum()
+    )["inner"]
     (expected,) = torch.autograd.grad(model(x).square().sum(), model.inner.weight)
     torch.testing.assert_close(found, expected)
 
@@ -393,7 +462,13 @@ def test_an_input_that_is_overwritten_is_no_silent_error():
             return y
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        lf.collect(Overwriting(), ["inner"], [torch.randn(2, 4)], lf.OutputGradients(), loss=lambda y, _: y.sum())
+        lf.collect(
+            Overwriting(),
+            ["inner"],
+            [torch.randn(2, 4)],
+            lf.OutputGradients(),
+            loss=lambda y, _: y.sum(),
+        )
 
 
 # bad input
@@ -401,18 +476,40 @@ def test_an_input_that_is_overwritten_is_no_silent_error():
 
 MESSAGES = {
     "no batch": (dict(batches=[]), "batches is empty, or an iterator that was used up"),
-    "unknown layer": (dict(targets=[Q.replace("q_proj", "q_porj")]), r"no layer .*q_porj.*Did you mean .*q_proj"),
+    "unknown layer": (
+        dict(targets=[Q.replace("q_proj", "q_porj")]),
+        r"no layer .*q_porj.*Did you mean .*q_proj",
+    ),
     "not linear": (dict(targets=["model.norm"]), "not a linear layer"),
-    "statistic without a target": (dict(statistic={K: lf.InputMoments()}), f"statistic names none for '{Q}'"),
-    "no labels": (dict(statistic=lf.OutputGradients()), "put labels into the batches, or pass loss="),
-    "loss of many": (dict(statistic=lf.OutputGradients(), loss=lambda o, _: o.logits), "a scalar tensor was expected"),
-    "loss is a number": (dict(statistic=lf.OutputGradients(), loss=lambda o, _: 1.0), "the loss is float"),
+    "statistic without a target": (
+        dict(statistic={K: lf.InputMoments()}),
+        f"statistic names none for '{Q}'",
+    ),
+    "no labels": (
+        dict(statistic=lf.OutputGradients()),
+        "put labels into the batches, or pass loss=",
+    ),
+    "loss of many": (
+        dict(statistic=lf.OutputGradients(), loss=lambda o, _: o.logits),
+        "a scalar tensor was expected",
+    ),
+    "loss is a number": (
+        dict(statistic=lf.OutputGradients(), loss=lambda o, _: 1.0),
+        "the loss is float",
+    ),
     "loss of nothing": (
         dict(statistic=lf.OutputGradients(), loss=lambda o, _: torch.zeros(())),
         "does not depend on any target",
     ),
     "mask of another kind": (
-        dict(batches=[{"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.zeros(1, 1, 3, 3)}]),
+        dict(
+            batches=[
+                {
+                    "input_ids": torch.ones(1, 3, dtype=torch.long),
+                    "attention_mask": torch.zeros(1, 1, 3, 3),
+                }
+            ]
+        ),
         r"attention_mask has shape \(1, 1, 3, 3\); \[batch, tokens\]",
     ),
 }
@@ -436,7 +533,12 @@ def test_a_used_up_iterator():
 
 def test_a_layer_that_is_never_called_is_named():
     with pytest.raises(lf.LoraFuncError, match="no token of these batches reached 'c'"):
-        lf.collect(Branch(), ["a", "c"], [{"x": torch.ones(1, 4, dtype=torch.float64), "plan": "a b"}], lf.InputMoments())
+        lf.collect(
+            Branch(),
+            ["a", "c"],
+            [{"x": torch.ones(1, 4, dtype=torch.float64), "plan": "a b"}],
+            lf.InputMoments(),
+        )
 
 
 def test_adapt_says_when_data_is_missing_or_useless():
@@ -453,12 +555,28 @@ def test_adapt_says_when_data_is_missing_or_useless():
 def test_encoder_decoder():
     """Two kinds of tokens and one mask: an error where something is padded, right where nothing is, or the loss decides."""
     model = T5ForConditionalGeneration(
-        T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
+        T5Config(
+            vocab_size=32,
+            d_model=16,
+            d_kv=8,
+            d_ff=24,
+            num_layers=1,
+            num_heads=2,
+            decoder_start_token_id=0,
+        )
     ).eval()
     ids, labels = torch.randint(1, 32, (2, 5)), torch.randint(1, 32, (2, 4))
     mask = torch.ones_like(ids)
     path = "decoder.block.0.layer.0.SelfAttention.q"
-    assert lf.collect(model, [path], [dict(input_ids=ids, attention_mask=mask, labels=labels)], lf.InputMoments())[path].n == 8
+    assert (
+        lf.collect(
+            model,
+            [path],
+            [dict(input_ids=ids, attention_mask=mask, labels=labels)],
+            lf.InputMoments(),
+        )[path].n
+        == 8
+    )
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     padded = dict(input_ids=ids, attention_mask=mask, labels=labels)
     with pytest.raises(lf.LoraFuncError, match=r"two kinds of tokens.*without padding"):
@@ -470,7 +588,9 @@ def test_encoder_decoder():
 # the model is untouched
 
 
-@pytest.mark.parametrize("statistic", [lf.InputMoments(), lf.OutputMoments(), lf.OutputGradients()], ids=str)
+@pytest.mark.parametrize(
+    "statistic", [lf.InputMoments(), lf.OutputMoments(), lf.OutputGradients()], ids=str
+)
 def test_the_model_is_untouched(statistic):
     model = tiny_llama()
     before = state_of(model)
@@ -490,7 +610,9 @@ def test_the_model_is_untouched_by_what_a_batch_raises(statistic, error):
 
     model, x = Chain(fail), torch.randn(3, 5)
     before = state_of(model)
-    collect = functools.partial(lf.collect, model, ["layers.0", "layers.1"], loss=lambda y, _: y.sum())
+    collect = functools.partial(
+        lf.collect, model, ["layers.0", "layers.1"], loss=lambda y, _: y.sum()
+    )
     with pytest.raises(error, match="in the middle"):
         collect([x, x, x], statistic)
     assert state_of(model) == before
@@ -515,7 +637,11 @@ def test_memory_does_not_grow_with_the_number_of_tokens(statistic):
         for _ in range(n):
             yield text_batch(8, 32)
         gc.collect()
-        tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and id(t) not in weights]
+        tensors = [
+            t
+            for t in gc.get_objects()
+            if issubclass(type(t), torch.Tensor) and id(t) not in weights
+        ]
         alive.append(sum(t.nbytes for t in tensors))
 
     lf.collect(model, ALL, batches(3), statistic)
@@ -529,7 +655,9 @@ def test_memory_does_not_grow_with_the_number_of_tokens(statistic):
 
 def test_a_statistic_of_ones_own():
     model, batches = tiny_llama(), [text_batch() for _ in range(3)]
-    kept, found = (lf.collect(model, ALL, batches, statistic) for statistic in (Tokens(), RunningMax()))
+    kept, found = (
+        lf.collect(model, ALL, batches, statistic) for statistic in (Tokens(), RunningMax())
+    )
     assert all(torch.equal(found[path], x.abs().amax(0)) for path, x in kept.items())
 
 
@@ -562,12 +690,20 @@ def test_one_pass_serves_all_variants(use):
 
     model, batches = Calls(), [torch.randn(8, 5) for _ in range(4)]
     rules = {r"layers\.0$": lf.EVA(r=2, rho=1.0), r"layers\.1$": Mine(), "head": lf.LoRA(r=2)}
-    adapter, params = lf.adapt(model, rules, targets=ALL, calibration=batches, generator=torch.Generator().manual_seed(0))
+    adapter, params = lf.adapt(
+        model, rules, targets=ALL, calibration=batches, generator=torch.Generator().manual_seed(0)
+    )
     assert len(model.chain.calls) == 4
     if use == "stats":
-        statistics = {path: variant.statistic for path, variant in adapter.variants.items() if variant.statistic is not None}
+        statistics = {
+            path: variant.statistic
+            for path, variant in adapter.variants.items()
+            if variant.statistic is not None
+        }
         stats = lf.collect(model, statistics, batches, statistics)
-        again, same = lf.adapt(model, rules, targets=ALL, stats=stats, generator=torch.Generator().manual_seed(0))
+        again, same = lf.adapt(
+            model, rules, targets=ALL, stats=stats, generator=torch.Generator().manual_seed(0)
+        )
         assert largest({**params, **adapter.frozen}, {**same, **again.frozen}) == 0
 
 
@@ -608,3 +744,16 @@ def test_without_tqdm(monkeypatch):
     moments(batches)
     with pytest.raises(lf.LoraFuncError, match="pip install tqdm"):
         moments(batches, progress=True)
+
+
+@pytest.mark.parametrize("variant", [lf.EVA(r=2), lf.AntiPaSTO(r=2)], ids=repr)
+def test_stats_without_a_target(variant):
+    """Not even a variant that can do without data starts without it in silence where stats were given."""
+    model, targets = tiny_llama(), lf.Targets(names=(r"(q|v)_proj$",))
+    stats = lf.collect(model, targets, [text_batch()], variant.statistic)
+    path = next(iter(stats))
+    stats[path.replace("q_proj", "qproj")] = stats.pop(path)
+    with pytest.raises(
+        lf.LoraFuncError, match=rf"stats has nothing for '{path}'.* Did you mean '.*qproj'"
+    ):
+        lf.adapt(model, variant, targets=targets, stats=stats)

@@ -1,7 +1,8 @@
-"""`save` where it goes wrong: killed, without space, without permission. The old file stays, or the new one is whole.
+"""`save` where it goes wrong: killed, without space, without permission.
 
-Run as a script with a folder, a seed and a number, this file kills that many processes in the middle of a save, each forked
-from one that has torch loaded already, and prints what each left.
+The old file stays, or the new one is whole. Run as a script with a folder, a seed and a number,
+this file kills that many processes in the middle of a save and prints what each left. Each is
+forked from a process that has loaded torch already.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from effort import KILLS
 from torch import nn
 
 import lora_func as lf
-from lora_func import io
+from lora_func.files import atomic
+from lora_func.files import format as file_format
 
 NAME = "adapter.safetensors"
 STEPS = ("open", "write", "fsync", "replace", "replaced", "folder")
@@ -43,7 +45,9 @@ def job(size: int = 512) -> tuple[nn.Module, lf.Adapter, dict[str, torch.Tensor]
 
 def value_of(path: Path, model: nn.Module) -> float:
     """The one value of all parameters in a file. Raises where it is not whole."""
-    values = {value for leaf in lf.load(path, model)[1].values() for value in leaf.unique().tolist()}
+    values = {
+        value for leaf in lf.load(path, model)[1].values() for value in leaf.unique().tolist()
+    }
     assert len(values) == 1, f"a mixture of {values}"
     return values.pop()
 
@@ -92,13 +96,16 @@ def die_at(step: str) -> None:
 
     os.fsync, os.replace = sync, rename
     if step == "open":
-        io.open = lambda *_: die()  # pyright: ignore
+        atomic.open = lambda *_: die()  # pyright: ignore
     if step == "write":
-        io.open = lambda *arguments: Half(Path.open(*arguments))  # pyright: ignore
+        atomic.open = lambda *arguments: Half(Path.open(*arguments))  # pyright: ignore
 
 
 def killed(start: Callable[[int], None], after: float | None) -> None:
-    """Forks a process that does `start(pipe)`, and kills it so many seconds after its sign of life; None: it does so itself."""
+    """Forks a process that runs `start(pipe)` and kills it, `after` seconds from its sign of life.
+
+    None: it kills itself.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -118,7 +125,7 @@ def killed(start: Callable[[int], None], after: float | None) -> None:
 
 
 def kill_many(folder: Path, seed: int, count: int) -> dict[str, Any]:
-    """What `count` kills at random moments leave of a file that is saved over and over, and one kill at each step."""
+    """What `count` kills at random moments, and one kill at each step, leave of a file."""
     torch.set_num_threads(1)
     model, adapter, params = job()
     path, rng = folder / NAME, random.Random(seed)
@@ -166,24 +173,29 @@ def kill_many(folder: Path, seed: int, count: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def after_kills(tmp_path_factory) -> dict[str, Any]:
-    """What `kill_many` found: 20 kills, and 200 in the thorough profile."""
-    count = min(settings().max_examples, 200)
-    command = [sys.executable, __file__, str(tmp_path_factory.mktemp("kills")), "0", str(count)]
-    child = subprocess.run(command, capture_output=True, text=True, timeout=120 + 2 * count, check=False)
+    """What `kill_many` found."""
+    folder = tmp_path_factory.mktemp("kills")
+    command = [sys.executable, __file__, str(folder), "0", str(KILLS)]
+    child = subprocess.run(
+        command, capture_output=True, text=True, timeout=120 + 2 * KILLS, check=False
+    )
     assert child.returncode == 0, child.stderr
-    return {"count": count, **json.loads(child.stdout)}
+    return json.loads(child.stdout)
 
 
 def test_killed_at_random(after_kills):
-    """Each kill leaves a file that is wholly old or wholly new, and at most one temporary file under a hidden name."""
-    assert sum(after_kills["values"].values()) == after_kills["count"]
+    """Each kill leaves a file that is wholly old or wholly new, and at most one hidden file."""
+    assert sum(after_kills["values"].values()) == KILLS
     assert after_kills["values"].keys() == {"1.0", "2.0"}
     assert after_kills["left"].keys() <= {"0", "1"}
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_killed_at_each_step(after_kills, step):
-    """Until the rename the file is the old one, from then on the new one; the temporary file is there in between."""
+    """Until the rename the file is the old one, from then on the new one.
+
+    The temporary file is there in between.
+    """
     value, left = after_kills["steps"][step]
     assert value == (2 if step in ("replaced", "folder") else 1)
     assert left == (1 if step in ("write", "fsync", "replace") else 0)
@@ -211,8 +223,10 @@ def full_disk(monkeypatch) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def raising(owner: Any, name: str, after: int = 0) -> Callable[[pytest.MonkeyPatch], contextlib.AbstractContextManager[None]]:
-    """A patch of `owner.name`, which raises KeyboardInterrupt once it has been called `after` times."""
+def raising(
+    owner: Any, name: str, after: int = 0
+) -> Callable[[pytest.MonkeyPatch], contextlib.AbstractContextManager[None]]:
+    """A patch of `owner.name`: it raises KeyboardInterrupt from call number `after` on."""
 
     @contextlib.contextmanager
     def patched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -235,9 +249,15 @@ def raising(owner: Any, name: str, after: int = 0) -> Callable[[pytest.MonkeyPat
     ("failure", "error"),
     [
         pytest.param(full_disk, OSError, id="full disk"),
-        pytest.param(raising(io.safetensors, "save"), KeyboardInterrupt, id="first serialization"),
-        pytest.param(raising(io.safetensors, "save", 1), KeyboardInterrupt, id="second serialization"),
-        pytest.param(raising(io.shutil, "copymode"), KeyboardInterrupt, id="mode"),
+        pytest.param(
+            raising(file_format.safetensors, "save"), KeyboardInterrupt, id="first serialization"
+        ),
+        pytest.param(
+            raising(file_format.safetensors, "save", 1),
+            KeyboardInterrupt,
+            id="second serialization",
+        ),
+        pytest.param(raising(atomic.shutil, "copymode"), KeyboardInterrupt, id="mode"),
         pytest.param(raising(os, "fsync"), KeyboardInterrupt, id="sync"),
         pytest.param(raising(os, "replace"), KeyboardInterrupt, id="rename"),
     ],
@@ -264,7 +284,7 @@ def anyone() -> Iterator[None]:
 
 
 def test_without_permission(saved):
-    """A folder that cannot be written and a file that cannot be read are the system's own errors, and change nothing."""
+    """A closed folder and a closed file raise the system's own errors, and nothing changes."""
     model, adapter, params, _ = saved
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
         folder = Path(name)
@@ -284,13 +304,18 @@ def test_without_permission(saved):
 
 
 def test_synced_before_it_is_renamed(saved, monkeypatch):
-    """Content first, then the name, then the folder that holds the name: a power cut finds the old file or the new one."""
+    """Content first, then the name, then the folder that holds the name.
+
+    So a power cut finds the old file or the new one.
+    """
     _, adapter, params, path = saved
     events, fsync, replace = [], os.fsync, os.replace
 
     def sync(descriptor):
         status = os.fstat(descriptor)
-        events.append("sync folder" if stat.S_ISDIR(status.st_mode) else f"sync {status.st_size} bytes")
+        events.append(
+            "sync folder" if stat.S_ISDIR(status.st_mode) else f"sync {status.st_size} bytes"
+        )
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", sync)
@@ -328,7 +353,7 @@ def test_a_new_file_has_the_mode_of_any_new_file(saved, mask):
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444])
 def test_a_replaced_file_keeps_its_mode(saved, mode):
-    """As with writing into it: what was private stays private. Through a link, it is the mode of the file."""
+    """What was private stays private, also when the path is a link to the file."""
     model, adapter, params, path = saved
     path.chmod(mode)
     link = path.with_name("link")

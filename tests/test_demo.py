@@ -12,11 +12,16 @@ import tyro
 
 import lora_func as lf
 from lora_func.demo import data
-from lora_func.demo.__main__ import SETTINGS, Demo, encode, main
+from lora_func.demo.__main__ import TRAINABLE, Demo, answered, encode, main
+from lora_func.demo.model import embedded, gguf_file
 
 
 def test_any_variant_of_the_catalogue():
-    assert SETTINGS.keys() == lf.VARIANTS.keys() - {"ssteer"}
+    """Every one that has something to train can be built as the demo builds it."""
+    assert set(TRAINABLE) == lf.VARIANTS.keys() - {"ssteer"}
+    for kind in (lf.VARIANTS[name] for name in TRAINABLE):
+        rank = {"r": 8 * kind.card.width} if "r" in kind.__dataclass_fields__ else {}
+        kind(**rank, **kind.card.settings)
 
 
 def test_every_option_is_explained(capsys):
@@ -39,7 +44,9 @@ def test_word_problems_are_right_and_repeat():
         equations = re.findall(r"(\d+) ([*+-]) (\d+) = \$?(-?\d+)", problem.answer)
         assert equations
         for a, sign, b, result in equations:
-            assert {"*": int(a) * int(b), "+": int(a) + int(b), "-": int(a) - int(b)}[sign] == int(result)
+            assert {"*": int(a) * int(b), "+": int(a) + int(b), "-": int(a) - int(b)}[sign] == int(
+                result
+            )
         assert problem.answer.endswith(f"#### {equations[-1][-1]}")
         assert int(equations[-1][-1]) >= 0
 
@@ -68,8 +75,14 @@ def test_the_format_of_gsm8k(gsm8k):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "there is no file '.*train.jsonl'; expected JSON lines with 'question' and 'answer'"),
-        ('{"question": "q", "answer": "a"}\nnope', r"train.jsonl:2: expected an object with 'question' and 'answer'"),
+        (
+            None,
+            "there is no file '.*train.jsonl'; expected JSON lines with 'question' and 'answer'",
+        ),
+        (
+            '{"question": "q", "answer": "a"}\nnope',
+            r"train.jsonl:2: expected an object with 'question' and 'answer'",
+        ),
         ('{"question": "q"}', r"train.jsonl:1: expected an object"),
         ("", "too few examples to train on and to hold 2 out"),
     ],
@@ -90,17 +103,48 @@ def test_without_a_folder_and_without_the_hub(monkeypatch, capsys):
     monkeypatch.setattr(data.HfApi, "dataset_info", no_network)
     train, held_out, source = data.find_examples(None, 6, 2, seed=0)
     assert (len(train), len(held_out)) == (6, 2)
-    assert "word problems made by lora_func (the hub did not answer; --data takes a folder" in source
+    assert (
+        "word problems made by lora_func (the hub did not answer; --data takes a folder" in source
+    )
     assert "the hub did not answer (OSError: no network)" in capsys.readouterr().out
 
 
+class Characters:
+    """A tokenizer."""
+
+    eos_token_id = 1
+
+    def __call__(self, text, add_special_tokens=True):
+        return type("Encoding", (), {"input_ids": [ord(c) for c in text]})
+
+
+def test_questions_that_leave_no_room_for_an_answer(capsys):
+    """A loss over no label is NaN: such examples are left out and counted, and all of them refused."""
+    short, long = data.Example("2+2?", "4"), data.Example("a question without end", "yes")
+    assert answered(Characters(), [short, long], 30) == [short]
+    assert "1 of 2 questions fill 30 tokens, and are left out" in capsys.readouterr().out
+    with pytest.raises(lf.LoraFuncError, match="length=10 cuts off the answer of every example"):
+        answered(Characters(), [short, long], 10)
+
+
+def test_a_model_in_a_gguf_file(tmp_path):
+    """The file itself, or a folder that holds one and no config."""
+    file = embedded()
+    assert gguf_file(file) == file
+    (tmp_path / "model.gguf").symlink_to(file)
+    assert gguf_file(tmp_path) == tmp_path / "model.gguf"
+    (tmp_path / "config.json").write_text("{}")
+    assert gguf_file(tmp_path) is None
+    assert gguf_file(tmp_path / "HuggingFaceTB" / "SmolLM2-135M") is None
+    with pytest.raises(lf.LoraFuncError, match="there is no file '.*none.gguf'"):
+        gguf_file(tmp_path / "none.gguf")
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "other.gguf").symlink_to(file)
+    with pytest.raises(lf.LoraFuncError, match="several GGUF files, .*; name one of them"):
+        gguf_file(tmp_path)
+
+
 def test_the_loss_is_on_the_answers():
-    class Characters:
-        eos_token_id = 1
-
-        def __call__(self, text, add_special_tokens=True):
-            return type("Encoding", (), {"input_ids": [ord(c) for c in text]})
-
     examples = [data.Example("2+2?", "4"), data.Example("and a longer one?", "yes")]
     batch = encode(Characters(), examples, length=37)
     assert batch["input_ids"].shape == (2, 37)
@@ -111,19 +155,38 @@ def test_the_loss_is_on_the_answers():
 
 def test_a_short_run_on_the_real_model(tmp_path, capsys):
     """SmolLM2-135M-Instruct, three steps: everything that the long run writes, and a base that stays the same."""
-    problems = [json.dumps(dataclasses.asdict(problem)) for problem in data.word_problems(40, seed=0)]
+    problems = [
+        json.dumps(dataclasses.asdict(problem)) for problem in data.word_problems(40, seed=0)
+    ]
     (tmp_path / "train.jsonl").write_text("\n".join(problems))
     out = tmp_path / "out"
-    demo = Demo(variant="dora", steps=3, batch_size=2, length=96, held_out=2, data=tmp_path, device="cpu", out=out)
+    demo = Demo(
+        variant="dora",
+        steps=3,
+        batch_size=2,
+        length=96,
+        held_out=2,
+        data=tmp_path,
+        device="cpu",
+        out=out,
+    )
     result = main(demo)
     assert result == json.loads((out / "result.json").read_text())
     assert result["base unchanged"] is True
     assert result["identity error"] == result["reload error"] == 0
-    assert (result["targets"], result["trainable"]) == (60, 30 * (8 * (576 + 576) + 576 + 8 * (576 + 192) + 192))
+    assert (result["targets"], result["trainable"]) == (
+        60,
+        30 * (8 * (576 + 576) + 576 + 8 * (576 + 192) + 192),
+    )
     assert result["loss after"] < result["loss before"]
     assert len(result["losses"]) == 3
     assert result["completion before"]
-    assert {file.name for file in out.iterdir()} == {"adapter.safetensors", "loss.png", "report.md", "result.json"}
+    assert {file.name for file in out.iterdir()} == {
+        "adapter.safetensors",
+        "loss.png",
+        "report.md",
+        "result.json",
+    }
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     report = (out / "report.md").read_text()
     assert "| base unchanged      | True" in report

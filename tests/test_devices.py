@@ -10,20 +10,40 @@ from dataclasses import dataclass
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, attach_align_device_hook
+from accelerate.hooks import (
+    AlignDevicesHook,
+    ModelHook,
+    add_hook_to_module,
+    attach_align_device_hook,
+)
 from models import text_batch, tiny_llama, trained
 from torch import nn
 
 import lora_func as lf
-from lora_func.weight import whole
+from lora_func.weights.layer import whole
 
-MAP = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
+MAP = {
+    "model.embed_tokens": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.layers.0": "disk",
+    "model.layers.1": "cpu",
+}
 OFFLOADED = {
     "cpu": lambda model, folder: cpu_offload(model, "cpu"),
     "disk": lambda model, folder: disk_offload(model, folder, "cpu"),
-    "map": lambda model, folder: dispatch_model(model, {**MAP, "model.norm": "cpu", "lm_head": "disk"}, offload_dir=folder),
+    "map": lambda model, folder: dispatch_model(
+        model, {**MAP, "model.norm": "cpu", "lm_head": "disk"}, offload_dir=folder
+    ),
 }
-VARIANTS = [lf.LoRA(r=4), lf.DoRA(r=4), lf.PiSSA(r=4), lf.DeLoRA(r=4), lf.HRA(r=4), lf.IA3(), lf.IA3FF()]
+VARIANTS = [
+    lf.LoRA(r=4),
+    lf.DoRA(r=4),
+    lf.PiSSA(r=4),
+    lf.DeLoRA(r=4),
+    lf.HRA(r=4),
+    lf.IA3(),
+    lf.IA3FF(),
+]
 
 
 @pytest.fixture(params=OFFLOADED)
@@ -39,7 +59,11 @@ def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize(("variant", "frozen"), [*((variant, True) for variant in VARIANTS), (lf.DoRA(r=4), False)], ids=str)
+@pytest.mark.parametrize(
+    ("variant", "frozen"),
+    [*((variant, True) for variant in VARIANTS), (lf.DoRA(r=4), False)],
+    ids=str,
+)
 def test_an_offloaded_base_is_the_base(variant, frozen, offload, tmp_path):
     """Parameters, constants, fingerprints, outputs, gradients, merged weights and files: to the bit, and on the CPU."""
     model, batch = tiny_llama(attention_bias=True).requires_grad_(not frozen), text_batch()
@@ -48,7 +72,13 @@ def test_an_offloaded_base_is_the_base(variant, frozen, offload, tmp_path):
         adapter, params = lf.adapt(model, variant, generator=seeded())
         moved = {key: leaf + 0.1 for key, leaf in params.items()}
         loss, grads = lf.value_and_grad(lambda p: adapter(model, p, batch).loss)(moved)
-        return adapter.base, [params, dict(adapter.frozen), {"": loss}, grads, lf.merge(adapter, model, moved)]
+        return adapter.base, [
+            params,
+            dict(adapter.frozen),
+            {"": loss},
+            grads,
+            lf.merge(adapter, model, moved),
+        ]
 
     base, expected = everything(model)
     lf.save(tmp_path / "adapter.safetensors", *lf.adapt(model, variant, generator=seeded()))
@@ -59,7 +89,9 @@ def test_an_offloaded_base_is_the_base(variant, frozen, offload, tmp_path):
     assert base_there == base
     for a, b in zip(given, expected):
         assert same(a, b)
-    assert same(lf.load(tmp_path / "adapter.safetensors", model, check_base="error")[1], expected[0])
+    assert same(
+        lf.load(tmp_path / "adapter.safetensors", model, check_base="error")[1], expected[0]
+    )
     for name, tensor in held.items():
         path, _, leaf = name.rpartition(".")
         assert torch.equal(whole(model.get_submodule(path), leaf), tensor)
@@ -82,7 +114,9 @@ def test_transforms(where, tmp_path):
         grad(params)
 
 
-@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # transformers, where there is a GPU
+@pytest.mark.filterwarnings(
+    "ignore:You are calling .generate:UserWarning"
+)  # transformers, where there is a GPU
 def test_generate_and_probe(offload):
     """A bound view of an offloaded model generates, and the probe can tell that the base is as it was."""
     model, batch = tiny_llama(), text_batch()
@@ -99,7 +133,7 @@ def test_generate_and_probe(offload):
 
 def test_probe_sees_a_change_of_offloaded_weights():
     """Its hash covers what the hooks hold, not the empty tensors that stand in the model meanwhile."""
-    from lora_func.probe import state_hash  # noqa: PLC0415
+    from lora_func.probing import state_hash  # noqa: PLC0415
 
     model = cpu_offload(tiny_llama(), "cpu")
     before = state_hash(model)
@@ -148,7 +182,9 @@ def test_a_block_that_is_offloaded_as_a_whole():
     model = tiny_llama().requires_grad_(False)
     adapter, _ = lf.adapt(model, lf.LoRA())
     weights = dict(model.state_dict())
-    attach_align_device_hook(model, "cpu", offload=True, weights_map=weights, preload_module_classes=["LlamaAttention"])
+    attach_align_device_hook(
+        model, "cpu", offload=True, weights_map=weights, preload_module_classes=["LlamaAttention"]
+    )
     message = r"LlamaAttention 'model.layers.0.self_attn' as a whole, with 'model.layers.0.self_attn.q_proj'.* without preload"
     with pytest.raises(lf.LoraFuncError, match=message):
         lf.adapt(model, lf.LoRA())

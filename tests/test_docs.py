@@ -30,16 +30,24 @@ class Tokenizer:
         return text_batch()
 
 
-@pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")  # the older name of a switch
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+@pytest.mark.filterwarnings(
+    "ignore:.*deprecated and will be removed in v6:FutureWarning"
+)  # the older name of a switch
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name
+)
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     """In order, in one namespace, with a small model in the place of the one that they name."""
     monkeypatch.chdir(tmp_path)
     torch._dynamo.reset()
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: tiny_llama())
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda name: tiny_llama()
+    )
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: Tokenizer())
     batch = text_batch()
-    module = types.ModuleType("page")  # a real one: dataclasses and dynamo look their globals up in sys.modules
+    module = types.ModuleType(
+        "page"
+    )  # a real one: dataclasses and dynamo look their globals up in sys.modules
     monkeypatch.setitem(sys.modules, "page", module)
     vars(module).update(torch=torch, lf=lf, model=tiny_llama(), batch=batch, batches=[batch, batch])
     for block in blocks(page):
@@ -60,16 +68,27 @@ def test_generated_tables_are_current(page):
     assert tables_module().filled(text) == text
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "bench" / "results").glob("*.json")), ids=lambda path: path.stem
+)
 def test_results_name_a_commit_of_this_history(path):
     """A machine without the history is told the commit by hand, and a hand can err."""
     commit = json.loads(path.read_text(encoding="utf-8"))["where"]["commit"].removesuffix("-dirty")
     shallow = subprocess.run(
-        ["git", "rev-parse", "--is-shallow-repository"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "--is-shallow-repository"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if shallow.stdout.strip() != "false":
         pytest.skip("needs the whole git history, which this checkout does not have")
-    assert subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=ROOT, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            ["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=ROOT, check=False
+        ).returncode
+        == 0
+    )
 
 
 def test_the_version_is_in_the_changelog():

@@ -10,14 +10,21 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "docs" / "examples"
-EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.name not in ("toy.py", "fsdp.py"))  # fsdp: test_distributed.py
+EXAMPLES = sorted(
+    path for path in FOLDER.glob("*.py") if path.name not in ("toy.py", "fsdp.py")
+)  # fsdp: test_distributed.py
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path, tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, "-W", "error", path], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error", path],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip()

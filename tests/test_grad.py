@@ -45,8 +45,12 @@ def test_differentiable_where_somebody_asks():
     """Inside a transform, and for leaves that require grad: gradients of gradients are right."""
     cube = lf.value_and_grad(lambda x: x**3)
     assert torch.func.grad(lambda x: cube(x)[1])(torch.tensor(2.0)) == 12.0
-    assert torch.func.jvp(lambda x: cube(x)[1], (torch.tensor(2.0),), (torch.tensor(1.0),))[1] == 12.0
-    assert torch.equal(torch.func.vmap(cube)(torch.tensor([1.0, 2.0]))[1], torch.tensor([3.0, 12.0]))
+    assert (
+        torch.func.jvp(lambda x: cube(x)[1], (torch.tensor(2.0),), (torch.tensor(1.0),))[1] == 12.0
+    )
+    assert torch.equal(
+        torch.func.vmap(cube)(torch.tensor([1.0, 2.0]))[1], torch.tensor([3.0, 12.0])
+    )
     x = torch.tensor(2.0, requires_grad=True)
     cube(x)[1].backward()
     assert x.grad == 12.0
@@ -65,10 +69,16 @@ def test_compiled():
 
 @pytest.mark.parametrize(
     ("f", "given"),
-    [(lambda x: x, r"of shape \(3,\)"), (lambda x: x.sum().item(), "a float"), (lambda x: (x.sum(), x), "a tuple")],
+    [
+        (lambda x: x, r"of shape \(3,\)"),
+        (lambda x: x.sum().item(), "a float"),
+        (lambda x: (x.sum(), x), "a tuple"),
+    ],
 )
 def test_the_loss_must_be_a_scalar(f, given):
-    with pytest.raises(lf.LoraFuncError, match=rf"the loss must be a tensor of shape \(\), and it is {given}"):
+    with pytest.raises(
+        lf.LoraFuncError, match=rf"the loss must be a tensor of shape \(\), and it is {given}"
+    ):
         lf.value_and_grad(f)(torch.ones(3))
 
 

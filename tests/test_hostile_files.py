@@ -29,7 +29,7 @@ from hypothesis import settings
 from torch import nn
 
 import lora_func as lf
-from lora_func import io
+from lora_func.files import format as io
 
 NAME = "adapter.safetensors"
 MEBIBYTE = 2**20
@@ -42,7 +42,9 @@ class Loose(lf.Variant):
     size: float = 1.0
 
     def init(self, weight, generator, stats=None):
-        return lf.Params({"d": torch.zeros(weight.shape[0])}, frozen={"c": torch.ones(weight.shape[1])})
+        return lf.Params(
+            {"d": torch.zeros(weight.shape[0])}, frozen={"c": torch.ones(weight.shape[1])}
+        )
 
     def init_shared(self, weights, generator):
         return lf.Params({"s": torch.ones(len(weights))})
@@ -52,7 +54,7 @@ RULES = {
     "lora": lf.LoRA(r=2, rslora=True),
     "pissa": lf.PiSSA(r=3),
     "dora": lf.DoRA(r=2, detach_norm=False),
-    "delora": lf.DeLoRA(r=2, init="paper"),
+    "delora": lf.DeLoRA(r=2, start="paper"),
     "hra": lf.HRA(r=2, init_norm=0.5),
     "corda": lf.CorDA(r=2),
     "antipasto": lf.AntiPaSTO(r=2),
@@ -64,14 +66,20 @@ RULES = {
 def base() -> nn.Module:
     """The model that every file here is for."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 16, bias=False), nn.GELU(), nn.Linear(16, 4))
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 16, bias=False), nn.GELU(), nn.Linear(16, 4)
+    )
 
 
 def valid_file(rules: Any, folder: Path) -> bytes:
     """What `save` writes for an adapter of `base()`."""
     model, targets = base(), lf.Targets(roles=())
     adapter, params = lf.adapt(model, rules, targets=targets, **data_for(rules, model, targets))
-    lf.save(folder / NAME, adapter, {key: leaf + 0.1 * torch.randn_like(leaf) for key, leaf in params.items()})
+    lf.save(
+        folder / NAME,
+        adapter,
+        {key: leaf + 0.1 * torch.randn_like(leaf) for key, leaf in params.items()},
+    )
     return (folder / NAME).read_bytes()
 
 
@@ -100,7 +108,9 @@ class Parts:
         return text
 
     def whole(self) -> bytes:
-        header = self.text(self.header).replace('"@meta@"', json.dumps(self.text(self.meta))).encode()
+        header = (
+            self.text(self.header).replace('"@meta@"', json.dumps(self.text(self.meta))).encode()
+        )
         return len(header).to_bytes(8, "little") + header + self.data
 
     def sealed(self) -> bytes:
@@ -121,21 +131,113 @@ class Parts:
 
 
 HOSTILE = (
-    *("null", "true", "false", "0", "1", "-1", "2", "7", "1.5", "4.0", "-0.0", "1e999", "NaN", "-Infinity", "1e308", "5e-324"),
-    *(str(2**31), str(2**32 + 2), str(2**62), str(2**63 - 1), str(2**64 - 1), str(2**64), "1" + "0" * 30, "9" * 5000),
-    *("1" + "0" * 400, "-1" + "0" * 400, '""', '"0"', '"4"', "[]", "{}", "[[]]", "[0]", "[null]", '{"": {}}', "[-1, -1]"),
-    *("[0, 9223372036854775807]", "[0, 18446744073709551615]", "[0, 4294967296, 4294967296]", "[" + "1, " * 100 + "1]"),
-    *("[" * 2000 + "]" * 2000, '{"a":' * 2000 + "0" + "}" * 2000, "[" * 100 + "]" * 100, "[" * 50_000),
-    *(f'"{"a" * 50_000}"', f'"{"a." * 20_000}"', r'"\ud800"', r'"\u0000"', '"\u202e\U0001f600\u0130"', '"\u00e9"'),
-    *('"(a+)+$"', '".*"', '"../../../etc/passwd"', '"__class__"', '"__metadata__"', '"lora_"', '"shared"', '"0.lora_A"'),
-    *('"lora"', '"pissa"', '"hra"', '"delora"', '"paper"', '"loose"', '"dora"', '["lora", {"r": 2}]', '["ia3", []]'),
-    *('"F64"', '"F16"', '"BF16"', '"F4"', '"F8_E8M0"', '"C64"', '"BOOL"', '"U64"', '"F8_E4M3"', '"I32"'),
+    *(
+        "null",
+        "true",
+        "false",
+        "0",
+        "1",
+        "-1",
+        "2",
+        "7",
+        "1.5",
+        "4.0",
+        "-0.0",
+        "1e999",
+        "NaN",
+        "-Infinity",
+        "1e308",
+        "5e-324",
+    ),
+    *(
+        str(2**31),
+        str(2**32 + 2),
+        str(2**62),
+        str(2**63 - 1),
+        str(2**64 - 1),
+        str(2**64),
+        "1" + "0" * 30,
+        "9" * 5000,
+    ),
+    *(
+        "1" + "0" * 400,
+        "-1" + "0" * 400,
+        '""',
+        '"0"',
+        '"4"',
+        "[]",
+        "{}",
+        "[[]]",
+        "[0]",
+        "[null]",
+        '{"": {}}',
+        "[-1, -1]",
+    ),
+    *(
+        "[0, 9223372036854775807]",
+        "[0, 18446744073709551615]",
+        "[0, 4294967296, 4294967296]",
+        "[" + "1, " * 100 + "1]",
+    ),
+    *(
+        "[" * 2000 + "]" * 2000,
+        '{"a":' * 2000 + "0" + "}" * 2000,
+        "[" * 100 + "]" * 100,
+        "[" * 50_000,
+    ),
+    *(
+        f'"{"a" * 50_000}"',
+        f'"{"a." * 20_000}"',
+        r'"\ud800"',
+        r'"\u0000"',
+        '"\u202e\U0001f600\u0130"',
+        '"\u00e9"',
+    ),
+    *(
+        '"(a+)+$"',
+        '".*"',
+        '"../../../etc/passwd"',
+        '"__class__"',
+        '"__metadata__"',
+        '"lora_"',
+        '"shared"',
+        '"0.lora_A"',
+    ),
+    *(
+        '"lora"',
+        '"pissa"',
+        '"hra"',
+        '"delora"',
+        '"paper"',
+        '"loose"',
+        '"dora"',
+        '["lora", {"r": 2}]',
+        '["ia3", []]',
+    ),
+    *(
+        '"F64"',
+        '"F16"',
+        '"BF16"',
+        '"F4"',
+        '"F8_E8M0"',
+        '"C64"',
+        '"BOOL"',
+        '"U64"',
+        '"F8_E4M3"',
+        '"I32"',
+    ),
 )
 
 
 def nodes(tree: Any) -> list[tuple[Any, Any]]:
     """(container, key or index) of everything in a JSON value."""
-    entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    entries = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     return [found for key, value in entries for found in ((tree, key), *nodes(value))]
 
 
@@ -163,15 +265,26 @@ def change_json(parts: Parts, rng: random.Random) -> None:
             container[key] = [container[key]]
         case 5:  # a tensor without bytes, of any shape, at either end
             place = rng.choice((0, len(parts.data)))
-            shape = [rng.choice((0, 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1)) for _ in range(rng.randrange(1, 5))]
+            shape = [
+                rng.choice((0, 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1))
+                for _ in range(rng.randrange(1, 5))
+            ]
             dtype = rng.choice(("F32", "BF16", "I64", "F4", "F8_E5M2"))
             name = rng.choice(("ghost", "0.lora_A", ""))
-            parts.header[name] = {"dtype": dtype, "shape": [0, *shape], "data_offsets": [place, place]}
+            parts.header[name] = {
+                "dtype": dtype,
+                "shape": [0, *shape],
+                "data_offsets": [place, place],
+            }
 
 
 def change_bytes(content: bytes, other: bytes, rng: random.Random) -> bytes:
     """One change that knows nothing of the format but where the header ends."""
-    end = len(content) if rng.random() < 0.4 else min(len(content), 8 + int.from_bytes(content[:8], "little"))
+    end = (
+        len(content)
+        if rng.random() < 0.4
+        else min(len(content), 8 + int.from_bytes(content[:8], "little"))
+    )
     i, j = sorted((rng.randrange(end + 1), rng.randrange(end + 1)))
     match rng.randrange(8):
         case 0 | 1:
@@ -185,13 +298,30 @@ def change_bytes(content: bytes, other: bytes, rng: random.Random) -> bytes:
         case 3:
             return content[:i] + content[j:]
         case 4:
-            filling = rng.choice((rng.randbytes(rng.randrange(1, 20)), b" " * 8, b"\0" * 4096, content[i:j]))
+            filling = rng.choice(
+                (rng.randbytes(rng.randrange(1, 20)), b" " * 8, b"\0" * 4096, content[i:j])
+            )
             return content[:i] + filling + content[i:]
         case 5:
             return content[:i] + other[min(len(other), rng.choice((i, j))) :]
         case 6:
             near = int.from_bytes(content[:8], "little") + rng.randrange(-9, 10)
-            length = rng.choice((0, 1, 2, near, len(content), 10**8, 10**8 + 1, 2**31, 2**63 - 1, 2**63, 2**64 - 9, 2**64 - 1))
+            length = rng.choice(
+                (
+                    0,
+                    1,
+                    2,
+                    near,
+                    len(content),
+                    10**8,
+                    10**8 + 1,
+                    2**31,
+                    2**63 - 1,
+                    2**63,
+                    2**64 - 9,
+                    2**64 - 1,
+                )
+            )
             return max(0, length).to_bytes(8, "little") + content[8:]
         case _:
             return content[:i] + rng.randbytes(j - i) + content[j:]
@@ -222,7 +352,10 @@ def contents(adapter: lf.Adapter, params: dict[str, torch.Tensor]) -> tuple[Any,
         dict(adapter.variants),
         dict(adapter.base),
         list(params),
-        {key: (leaf.dtype, leaf.shape, leaf.reshape(-1).view(torch.uint8).tolist()) for key, leaf in leaves.items()},
+        {
+            key: (leaf.dtype, leaf.shape, leaf.reshape(-1).view(torch.uint8).tolist())
+            for key, leaf in leaves.items()
+        },
     )
 
 
@@ -270,11 +403,15 @@ def attack(first: int, last: int) -> dict[str, Any]:
                 found = contents(adapter, params)
                 assert sealed or found in originals, "other values than were saved"
                 lf.save(again, adapter, params)
-                assert contents(*lf.load(again, model, variants=[Loose])) == found, "saved again, it is another"
+                assert contents(*lf.load(again, model, variants=[Loose])) == found, (
+                    "saved again, it is another"
+                )
                 if not any(isinstance(variant, Loose) for variant in adapter.variants.values()):
                     adapter(model, params, torch.ones(2, 6))
             except Exception as error:
-                failures.append(f"{number}: what was loaded fails with {type(error).__name__}({str(error)[:200]})")
+                failures.append(
+                    f"{number}: what was loaded fails with {type(error).__name__}({str(error)[:200]})"
+                )
         grown = (peak_memory() - before) // MEBIBYTE
     return {
         "counts": dict(counts.most_common()),
@@ -289,16 +426,31 @@ def test_mutated_files():
     """Only LoraFuncError, or what was saved: no other exception, crash or hang, no code run, no memory beyond the file's."""
     count = 40 * settings().max_examples  # 800, and 20,000 in the thorough profile
     command = [sys.executable, __file__, "0", str(count)]
-    child = subprocess.run(command, capture_output=True, text=True, timeout=120 + count / 20, check=False)
+    child = subprocess.run(
+        command, capture_output=True, text=True, timeout=120 + count / 20, check=False
+    )
     assert child.returncode == 0, child.stderr
     found = json.loads(child.stdout)
     assert not found["failures"], "\n".join(found["failures"])
     assert sum(found["counts"].values()) == count
     assert found["slowest"] < 5  # seconds; 0.03 on an idle machine
     assert found["grown"] < 64  # MiB; the largest of the files has 0.2
-    acts = {"exec", "compile", "import", "pickle", "marshal", "os", "subprocess", "socket", "ctypes", "shutil"}
+    acts = {
+        "exec",
+        "compile",
+        "import",
+        "pickle",
+        "marshal",
+        "os",
+        "subprocess",
+        "socket",
+        "ctypes",
+        "shutil",
+    }
     assert "open" in found["events"]
-    assert not [event for event in found["events"] if event.split(".")[0] in acts]  # no code runs, and no file is changed
+    assert not [
+        event for event in found["events"] if event.split(".")[0] in acts
+    ]  # no code runs, and no file is changed
     loaded = {kind for kind in found["counts"] if kind.startswith("loaded")}
     assert loaded == {"loaded", "loaded, sealed"}  # so that the mutations reach all of `load`
 
@@ -329,7 +481,10 @@ def in_frozen(value: Any) -> Callable[[Parts], None]:
     return lambda parts: parts.meta["frozen"].append(value)
 
 
-NOT_WHOLE, NOT_OURS = "not a whole safetensors file", "its metadata is not what lora_func.save writes"
+NOT_WHOLE, NOT_OURS = (
+    "not a whole safetensors file",
+    "its metadata is not what lora_func.save writes",
+)
 
 
 FINDINGS = {
@@ -338,7 +493,11 @@ FINDINGS = {
         in_header("0.lora_Z", dtype="F32", shape=[0, 2**64 - 1], data_offsets=[0, 0]),
         NOT_WHOLE,
     ),
-    "no metadata": ("lora", lambda parts: parts.header.update(__metadata__=None), "not one that lora_func.save wrote"),
+    "no metadata": (
+        "lora",
+        lambda parts: parts.header.update(__metadata__=None),
+        "not one that lora_func.save wrote",
+    ),
     "deep nesting in what safetensors ignores": (
         "lora",
         lambda parts: parts.header["0.lora_A"].update(more=parts.hole("[" * 50_000 + "]" * 50_000)),
@@ -349,11 +508,31 @@ FINDINGS = {
         lambda parts: parts.meta.update(library=parts.hole("[" * 50_000 + "]" * 50_000)),
         NOT_OURS,
     ),
-    "number of 5,000 digits": ("lora", lambda parts: parts.meta.update(library=parts.hole("9" * 5000)), NOT_OURS),
-    "alpha of 400 digits": ("lora", in_variant(alpha=10**400), "alpha must be a finite number above 0"),
-    "alpha that is NaN": ("lora", in_variant(alpha=float("nan")), "field 'alpha' of 'lora' is not a number, a string"),
-    "rank of 30 digits": ("lora", in_variant(r=10**30), r"no layer can have the parameters of 'LoRA\(r=1000000"),
-    "rank of 400 digits": ("hra", in_variant(r=10**400), r"no layer can have the parameters of 'HRA\(r=1000000"),
+    "number of 5,000 digits": (
+        "lora",
+        lambda parts: parts.meta.update(library=parts.hole("9" * 5000)),
+        NOT_OURS,
+    ),
+    "alpha of 400 digits": (
+        "lora",
+        in_variant(alpha=10**400),
+        "alpha must be a finite number above 0",
+    ),
+    "alpha that is NaN": (
+        "lora",
+        in_variant(alpha=float("nan")),
+        "field 'alpha' of 'lora' is not a number, a string",
+    ),
+    "rank of 30 digits": (
+        "lora",
+        in_variant(r=10**30),
+        r"no layer can have the parameters of 'LoRA\(r=1000000",
+    ),
+    "rank of 400 digits": (
+        "hra",
+        in_variant(r=10**400),
+        r"no layer can have the parameters of 'HRA\(r=1000000",
+    ),
     "field of a user's variant that is a list": (
         "loose",
         in_variant(size=[1.0]),
@@ -364,7 +543,11 @@ FINDINGS = {
         lambda parts: parts.meta["variants"][0].__setitem__(1, [["size", 1.0]]),
         NOT_OURS,
     ),
-    "variant without a name": ("lora", lambda parts: parts.meta.update(variants=[[None, {}]]), "unknown variant None"),
+    "variant without a name": (
+        "lora",
+        lambda parts: parts.meta.update(variants=[[None, {}]]),
+        "unknown variant None",
+    ),
     "no target": ("lora", lambda parts: parts.meta.update(targets={}), NOT_OURS),
     "infinite shape": ("lora", in_target(1, float("inf")), NOT_OURS),
     "shape in words": ("lora", in_target(1, "16"), NOT_OURS),
@@ -410,7 +593,10 @@ def test_no_field_is_beyond_a_float():
 def test_the_last_of_two_entries_of_one_name(files, tmp_path):
     """JSON allows it; the digest is of what is read, so both readers of the header must take the same one."""
     parts = Parts.of(files["lora"])
-    parts.header = {parts.hole('"0.lora_A"'): {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, **parts.header}
+    parts.header = {
+        parts.hole('"0.lora_A"'): {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+        **parts.header,
+    }
     (tmp_path / NAME).write_bytes(parts.sealed())
     adapter, params = lf.load(tmp_path / NAME, base())
     (tmp_path / NAME).write_bytes(files["lora"])

@@ -15,7 +15,7 @@ from safetensors import torch as safetensors
 from torch import nn
 
 import lora_func as lf
-from lora_func import io
+from lora_func.files import format as io
 
 NAME = "adapter.safetensors"
 
@@ -31,7 +31,10 @@ def saved(tmp_path):
 def rewrite(path: Path, change) -> None:
     """The file with its metadata and tensors changed, and a digest that matches: what a careful hand could do."""
     content = path.read_bytes()
-    meta, tensors = json.loads(io.split(content)[0]["__metadata__"][io.KEY]), safetensors.load(content)
+    meta, tensors = (
+        json.loads(io.split(content)[0]["__metadata__"][io.KEY]),
+        safetensors.load(content),
+    )
     change(meta, tensors)
     meta.pop("digest")
     meta["digest"] = io.digest(meta, safetensors.save(tensors))
@@ -40,18 +43,27 @@ def rewrite(path: Path, change) -> None:
 
 def test_round_trip_of_a_mixture(tmp_path):
     model = tiny_llama().bfloat16()
-    rules = {r"(k|v)_proj$": lf.IA3(), r"down_proj$": lf.DeLoRA(r=2, init="paper"), r".": lf.HRA(r=4, init_norm=0.3)}
+    rules = {
+        r"(k|v)_proj$": lf.IA3(),
+        r"down_proj$": lf.DeLoRA(r=2, start="paper"),
+        r".": lf.HRA(r=4, init_norm=0.3),
+    }
     model, adapter, params = adapted(rules, model, targets=lf.Targets(), dtype=torch.bfloat16)
     lf.save(tmp_path / NAME, adapter, params)
     again, loaded = lf.load(str(tmp_path / NAME), model)
     assert dict(again.variants) == dict(adapter.variants)
     assert list(loaded) == list(params)
-    assert all(torch.equal(loaded[key], params[key]) and loaded[key].dtype == torch.bfloat16 for key in params)
+    assert all(
+        torch.equal(loaded[key], params[key]) and loaded[key].dtype == torch.bfloat16
+        for key in params
+    )
     assert all(torch.equal(again.frozen[key], adapter.frozen[key]) for key in adapter.frozen)
     batch = text_batch()
     assert torch.equal(again(model, loaded, batch).logits, adapter(model, params, batch).logits)
     fresh = again.init(model, generator=torch.Generator())
-    torch.testing.assert_close(again(model, fresh, batch).logits, model(**batch).logits, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(
+        again(model, fresh, batch).logits, model(**batch).logits, rtol=2e-2, atol=2e-2
+    )
 
 
 def test_leaves_the_random_state_alone(saved):
@@ -63,10 +75,14 @@ def test_leaves_the_random_state_alone(saved):
 
 def test_params_that_share_memory(tmp_path):
     """Views of one tensor, as unbind makes them, which the format itself refuses."""
-    model, adapter, params = adapted(lf.IA3(), mlp(), targets=lf.Targets(names=("0", "2"), roles=()))
+    model, adapter, params = adapted(
+        lf.IA3(), mlp(), targets=lf.Targets(names=("0", "2"), roles=())
+    )
     params = dict(zip(params, torch.randn(2, 16).unbind()))
     lf.save(tmp_path / NAME, adapter, params)
-    assert all(torch.equal(leaf, params[key]) for key, leaf in lf.load(tmp_path / NAME, model)[1].items())
+    assert all(
+        torch.equal(leaf, params[key]) for key, leaf in lf.load(tmp_path / NAME, model)[1].items()
+    )
 
 
 def test_loaded_tensors_are_aligned(saved):
@@ -79,7 +95,7 @@ def test_no_pickle(saved):
     """What is in the file is JSON and numbers."""
     header = io.split(saved[3].read_bytes())[0]
     assert json.loads(header["__metadata__"][io.KEY])["variants"] == [
-        ["pissa", {"r": 4, "alpha": 8.0, "svd": "exact", "niter": 4}]
+        ["pissa", {"r": 4, "alpha": None, "svd": "exact", "niter": 4}]
     ]
 
 
@@ -90,7 +106,9 @@ def test_no_pickle(saved):
 def test_truncated(saved, keep):
     model, _, _, path = saved
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(lf.LoraFuncError, match="not a whole safetensors file, so it was truncated or altered"):
+    with pytest.raises(
+        lf.LoraFuncError, match="not a whole safetensors file, so it was truncated or altered"
+    ):
         lf.load(path, model)
 
 
@@ -116,7 +134,9 @@ def test_no_file(saved):
 def test_a_file_of_something_else(saved):
     model, _, params, path = saved
     safetensors.save_file(params, path)
-    with pytest.raises(lf.LoraFuncError, match=r"a safetensors file, but not one that lora_func.save wrote"):
+    with pytest.raises(
+        lf.LoraFuncError, match=r"a safetensors file, but not one that lora_func.save wrote"
+    ):
         lf.load(path, model)
 
 
@@ -130,39 +150,74 @@ Q = "model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda meta, _: meta.update(format=2), "the file has format 2, and this lora_func reads 1; install a newer one"),
-        (lambda meta, _: meta.update(variants=[["pisa", {}]]), "unknown variant 'pisa'. Did you mean 'pissa'"),
+        (
+            lambda meta, _: meta.update(format=2),
+            "the file has format 2, and this lora_func reads 1; install a newer one",
+        ),
+        (
+            lambda meta, _: meta.update(variants=[["pisa", {}]]),
+            "unknown variant 'pisa'. Did you mean 'pissa'",
+        ),
         (
             lambda meta, _: meta.update(variants=[["pissa", {"rank": 4}]]),
             "unknown field 'rank' of 'pissa'.* Known are 'r', 'a",
         ),
-        (lambda meta, _: meta.update(variants=[["pissa", {"r": 0}]]), r"PiSSA\(r=0\): r must be an integer of at least 1"),
-        (lambda meta, _: meta.update(variants=[["pissa", {"r": "4"}]]), r"PiSSA\(r='4'\): r must be an integer"),
+        (
+            lambda meta, _: meta.update(variants=[["pissa", {"r": 0}]]),
+            r"PiSSA\(r=0\): r must be an integer of at least 1",
+        ),
+        (
+            lambda meta, _: meta.update(variants=[["pissa", {"r": "4"}]]),
+            r"PiSSA\(r='4'\): r must be an integer",
+        ),
         (
             lambda meta, _: meta.update(variants=[["pissa", {"r": 5}]]),
             r"lora_A' is torch.float32 of shape \(4, 32\)",
         ),
-        (lambda meta, _: meta.update(variants=[["lora", {"r": 10**9}]]), "frozen params: unexpected"),
+        (
+            lambda meta, _: meta.update(variants=[["lora", {"r": 10**9}]]),
+            "frozen params: unexpected",
+        ),
         (lambda meta, _: meta.update(variants=[["lora", {"r": 4}]]), "frozen params: unexpected"),
-        (lambda meta, _: meta.update(variants={"pissa": {}}), "its metadata is not what lora_func.save writes"),
+        (
+            lambda meta, _: meta.update(variants={"pissa": {}}),
+            "its metadata is not what lora_func.save writes",
+        ),
         (lambda meta, _: drop(meta, "targets"), "its metadata is not what lora_func.save writes"),
-        (lambda meta, _: meta["targets"].update({Q: [7, 48, 32, None]}), "its metadata is not what lora_func.save writes"),
-        (lambda meta, _: meta["targets"].update({Q: [0, 48]}), "its metadata is not what lora_func.save writes"),
+        (
+            lambda meta, _: meta["targets"].update({Q: [7, 48, 32, None]}),
+            "its metadata is not what lora_func.save writes",
+        ),
+        (
+            lambda meta, _: meta["targets"].update({Q: [0, 48]}),
+            "its metadata is not what lora_func.save writes",
+        ),
         (
             lambda meta, _: meta["targets"].update({Q: [0, 64, 32, None]}),
             r"is \(48, 32\) in this .*, and was \(64, 32\)",
         ),
-        (lambda meta, _: meta["targets"].update({"model.q": [0, 4, 4, None]}), "LlamaForCausalLM has no layer 'model.q'"),
+        (
+            lambda meta, _: meta["targets"].update({"model.q": [0, 4, 4, None]}),
+            "LlamaForCausalLM has no layer 'model.q'",
+        ),
         (lambda meta, _: meta["frozen"].pop(), "trainable params: unexpected"),
         (lambda meta, _: meta["frozen"].append("more"), "frozen params: unexpected 'more'"),
-        (lambda _, tensors: drop(tensors, f"{Q}.lora_A"), f"trainable params: missing '{Q}.lora_A'"),
-        (lambda _, tensors: tensors.update({f"{Q}.lora_Z": torch.ones(1)}), "trainable params: unexpected '.*lora_Z'"),
+        (
+            lambda _, tensors: drop(tensors, f"{Q}.lora_A"),
+            f"trainable params: missing '{Q}.lora_A'",
+        ),
+        (
+            lambda _, tensors: tensors.update({f"{Q}.lora_Z": torch.ones(1)}),
+            "trainable params: unexpected '.*lora_Z'",
+        ),
         (
             lambda _, tensors: tensors.update({f"{Q}.lora_A": torch.ones(32, 4)}),
             r"torch.float32 of shape \(32, 4\), where",
         ),
         (
-            lambda _, tensors: tensors.update({f"{Q}.lora_A": torch.ones(4, 32, dtype=torch.int32)}),
+            lambda _, tensors: tensors.update(
+                {f"{Q}.lora_A": torch.ones(4, 32, dtype=torch.int32)}
+            ),
             r"torch.int32 of shape \(4, 32\), w",
         ),
     ],
@@ -211,7 +266,9 @@ def test_the_shape_of_the_published_model(tmp_path):
 
 def test_a_folder_that_does_not_exist(saved):
     _, adapter, params, path = saved
-    with pytest.raises(lf.LoraFuncError, match=r"cannot be written: there is no folder '.*/none'; make it first"):
+    with pytest.raises(
+        lf.LoraFuncError, match=r"cannot be written: there is no folder '.*/none'; make it first"
+    ):
         lf.save(path.parent / "none" / NAME, adapter, params)
     with pytest.raises(lf.LoraFuncError, match="is a folder; give the path of a file in it"):
         lf.save(path.parent, adapter, params)
@@ -239,7 +296,9 @@ def test_a_field_that_no_file_can_hold(tmp_path):
     model = mlp()
     adapter, params = lf.adapt(model, Odd(), targets=lf.Targets(roles=()))
     object.__setattr__(adapter.variants["0"], "alpha", torch.ones(1))
-    with pytest.raises(lf.LoraFuncError, match="a file can store numbers, strings, booleans and None, but alpha is"):
+    with pytest.raises(
+        lf.LoraFuncError, match="a file can store numbers, strings, booleans and None, but alpha is"
+    ):
         lf.save(tmp_path / NAME, adapter, params)
     assert not list(tmp_path.iterdir())
 
@@ -278,7 +337,12 @@ def test_rebuilt_constants(tmp_path, calibrated):
         sizes[name] = path.stat().st_size
         again, found = lf.load(path, model)
         assert all(again.frozen[key].dtype == leaf.dtype for key, leaf in kept.frozen.items())
-        torch.testing.assert_close(again(model, found, batch).logits, kept(model, params, batch).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            again(model, found, batch).logits,
+            kept(model, params, batch).logits,
+            rtol=1e-5,
+            atol=1e-5,
+        )
     assert sizes["half"] < 0.7 * sizes["store"]
     assert sizes["rebuild"] < 0.4 * sizes["store"]
     other, own = lf.adapt(model, lf.LoRA(r=2))

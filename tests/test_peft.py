@@ -1,147 +1,124 @@
-"""Differential tests against PEFT: the same parameters give the same outputs and the same gradients, in float32.
+"""Differential tests against PEFT: the same parameters give the same outputs and gradients.
 
-Each entry names PEFT's config and the map from our leaves to PEFT's parameters (the shapes differ, the numbers do not).
+In float32. The entries in cases.py map our leaves to PEFT's parameters: the shapes differ, the
+numbers do not.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import peft
 import pytest
 import torch
+from cases import CASES, Case
 from torch import Tensor, nn
 
 import lora_func as lf
+from lora_func.card import TARGETS
 
-D_IN, D_OUT, R = 24, 16, 6
+R = 4
 TOLERANCE = 1e-5  # float32, relative to the largest entry
+HERE = lf.Targets(names=("target",))
+
+compared = {name: case for name, case in CASES.items() if case.peft is not None}
+over_compared = pytest.mark.parametrize("case", compared.values(), ids=compared.keys())
 
 
 class Net(nn.Module):
     """One adapted layer between two that are not, so that gradients arrive from both sides."""
 
-    def __init__(self, bias: bool):
+    def __init__(self, bias: bool, d_in: int = 24, d_out: int = 16):
         super().__init__()
-        self.first = nn.Linear(8, D_IN)
-        self.target = nn.Linear(D_IN, D_OUT, bias=bias)
-        self.last = nn.Linear(D_OUT, 4)
+        self.first = nn.Linear(8, d_in)
+        self.target = nn.Linear(d_in, d_out, bias=bias)
+        self.last = nn.Linear(d_out, 4)
 
     def forward(self, x):
         return self.last(torch.tanh(self.target(torch.tanh(self.first(x)))))
 
 
-@dataclass(frozen=True)
-class Pair:
-    variant: lf.Variant
-    config: peft.PeftConfig
-    to_peft: dict[str, tuple[str, Callable[[Tensor], Tensor]]]  # leaf -> (PEFT's parameter, our value -> PEFT's value)
-    anchors: dict[str, str] = field(default_factory=dict)  # frozen leaf -> PEFT's parameter at init
+def config_of(case: Case) -> Any:
+    """PEFT's config of the same method, with the same rank and scale."""
+    known, variant = case.example.card.peft, case.variant(R)
+    assert known is not None
+    assert case.peft is not None
+    fields: dict[str, Any] = {"target_modules": ["target"]}
+    if known.rank is not None:
+        fields[known.rank] = R
+    if hasattr(variant, "scale") and known.config == "LoraConfig":
+        fields["lora_alpha"] = variant.scale * R
+    fields |= {k: ["target"] if v == TARGETS else v for k, v in known.fields.items()}
+    return getattr(peft, known.config)(**{**fields, **case.peft.fields})
 
 
-def same(t: Tensor) -> Tensor:
-    return t
-
-
-A_B = {"A": ("lora_A.default.weight", same), "B": ("lora_B.default.weight", same)}
-common: dict[str, Any] = {"target_modules": ["target"]}
-lora: dict[str, Any] = {"r": R, "lora_alpha": 9.0, "lora_dropout": 0.0, **common}
-PAIRS = {
-    "lora": Pair(lf.LoRA(r=R, alpha=9.0), peft.LoraConfig(**lora), A_B),
-    "rslora": Pair(lf.LoRA(r=R, alpha=9.0, rslora=True), peft.LoraConfig(**lora, use_rslora=True), A_B),
-    "pissa": Pair(
-        lf.PiSSA(r=R, alpha=9.0),
-        peft.LoraConfig(**lora, init_lora_weights="pissa"),
-        A_B,
-        anchors={"A0": "lora_A.default.weight", "B0": "lora_B.default.weight"},
-    ),
-    "dora": Pair(
-        lf.DoRA(r=R, alpha=9.0),
-        peft.LoraConfig(**lora, use_dora=True),
-        {**A_B, "m": ("lora_magnitude_vector.default.weight", same)},
-    ),
-    "delora": Pair(
-        lf.DeLoRA(r=R, lambda0=3.0),
-        peft.DeloraConfig(r=R, delora_lambda=3.0, **common),
-        {
-            "A": ("delora_A.default", same),
-            "B": ("delora_B.default", same),
-            "lam": ("delora_lambda.default", lambda t: t.reshape(1)),
-        },
-    ),
-    "ia3": Pair(
-        lf.IA3(),
-        peft.IA3Config(**common, feedforward_modules=[]),
-        {"d": ("ia3_l.default", lambda d: (1 + d)[:, None])},
-    ),
-    "ia3ff": Pair(
-        lf.IA3FF(),
-        peft.IA3Config(**common, feedforward_modules=["target"]),
-        {"d": ("ia3_l.default", lambda d: (1 + d)[None, :])},
-    ),
-    "hra": Pair(lf.HRA(r=R), peft.HRAConfig(r=R, **common), {"U": ("hra_u.default", lambda U: U.mT)}),
-}
-
-
-PEFT_HAS = ("lora", "pissa", "dora", "delora", "ia3", "ia3ff", "hra")
-
-
-def test_every_variant_that_peft_has_is_compared():
-    assert {type(pair.variant) for pair in PAIRS.values()} == {lf.VARIANTS[name] for name in PEFT_HAS}
+def pair(case: Case, model: nn.Module) -> tuple[lf.Adapter, dict[str, Tensor], nn.Module, dict]:
+    """Our adapter with moved parameters, and PEFT's model with the same ones."""
+    adapter, params = lf.adapt(model, case.variant(R), targets=HERE)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config_of(case))
+    own = {n.split("target.")[1]: p for n, p in theirs.named_parameters() if "target." in n}
+    if case.peft.anchors:  # the signs of singular vectors are arbitrary: start from PEFT's
+        frozen = {f"target.lora_{k}": own[v].detach().clone() for k, v in case.peft.anchors.items()}
+        adapter = lf.Adapter(adapter.variants, adapter.shapes, frozen, adapter.base, adapter.dtype)
+        params = adapter.init(model)
+    buffers = {name.split("target.")[-1]: t for name, t in theirs.named_buffers()}
+    for name, theirs_ in case.peft.shared.items():
+        buffers[theirs_].copy_(adapter.frozen[f"shared.lora_{name}"])
+    trained = {key: leaf + 0.3 * torch.randn_like(leaf) for key, leaf in params.items()}
+    with torch.no_grad():
+        for name, (parameter, convert) in case.peft.leaves.items():
+            own[parameter].copy_(convert(trained[f"target.lora_{name}"]))
+    return adapter, trained, theirs, own
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
-def test_outputs_and_gradients(pair: Pair, bias: bool):
-    model = Net(bias)
-    adapter, params = lf.adapt(model, pair.variant, targets=lf.Targets(names=("target",), roles=()))
-    theirs = peft.get_peft_model(copy.deepcopy(model), pair.config)
-    peft_params = {name.split("target.")[1]: p for name, p in theirs.named_parameters() if "target." in name}
-
-    if pair.anchors:  # the signs of singular vectors are arbitrary: start from PEFT's
-        frozen = {f"target.lora_{name}": peft_params[theirs_].detach().clone() for name, theirs_ in pair.anchors.items()}
-        adapter = type(adapter)(adapter.variants, adapter.shapes, frozen, adapter.base, adapter.dtype)
-        params = adapter.init(model)
-    trained = {key: leaf + 0.3 * torch.randn_like(leaf) for key, leaf in params.items()}
-    with torch.no_grad():
-        for name, (theirs_, convert) in pair.to_peft.items():
-            peft_params[theirs_].copy_(convert(trained[f"target.lora_{name}"]))
-
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24)], ids=["narrowing", "widening"])
+@over_compared
+def test_outputs_and_gradients(case: Case, shape, bias: bool):
+    model = Net(bias, *shape)
+    adapter, trained, theirs, own = pair(case, model)
     x, weights = torch.randn(5, 7, 8), torch.randn(5, 7, 4)
     assert_close(adapter(model, trained, x), theirs(x))
 
     (theirs(x) * weights).sum().backward()
     grads = torch.func.grad(lambda p: (adapter(model, p, x) * weights).sum())(trained)
-    for name, (theirs_, convert) in pair.to_peft.items():
+    for name, (parameter, convert) in case.peft.leaves.items():
         gradient = grads[f"target.lora_{name}"]
-        # `convert` permutes and shifts entries; on gradients only the permutation applies
-        assert_close(convert(gradient) - convert(torch.zeros_like(gradient)), peft_params[theirs_].grad)
+        # `convert` permutes and shifts entries; on gradients only the permutation applies.
+        moved = convert(gradient) - convert(torch.zeros_like(gradient))
+        assert_close(moved, own[parameter].grad)
     xs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
     (adapter(model, trained, xs[0]) * weights).sum().backward()
     (theirs(xs[1]) * weights).sum().backward()
     assert_close(xs[0].grad, xs[1].grad)
 
 
-@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
-def test_number_of_parameters(pair: Pair):
+@over_compared
+def test_number_of_parameters(case: Case):
     model = Net(bias=True)
-    _, params = lf.adapt(model, pair.variant, targets=lf.Targets(names=("target",), roles=()))
-    theirs = peft.get_peft_model(copy.deepcopy(model), pair.config)
-    assert sum(p.numel() for p in params.values()) == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    _, params = lf.adapt(model, case.variant(R), targets=HERE)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config_of(case))
+    trainable = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert sum(p.numel() for p in params.values()) == trainable
 
 
 def test_pissa_finds_their_factors():
     """Up to the signs of singular vectors, which the product does not see."""
-    model = Net(bias=True)
-    adapter, _ = lf.adapt(model, PAIRS["pissa"].variant, targets=lf.Targets(names=("target",), roles=()))
-    theirs = peft.get_peft_model(copy.deepcopy(model), PAIRS["pissa"].config).base_model.model.target
+    model, case = Net(bias=True), CASES["pissa"]
+    adapter, _ = lf.adapt(model, case.variant(R), targets=HERE)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config_of(case)).base_model.model.target
     assert_close(
         adapter.frozen["target.lora_B0"] @ adapter.frozen["target.lora_A0"],
         theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight,
     )
+
+
+def test_what_a_card_says_of_peft_is_compared():
+    """Every method that PEFT has is compared here, or its init is, in test_peft_inits.py."""
+    named = {name for name, kind in lf.VARIANTS.items() if kind.card.peft is not None}
+    here = {case.example.name() for case in compared.values()}
+    assert named - here == {"corda", "loraga", "eva"}
 
 
 def assert_close(given: Tensor, reference: Tensor) -> None:

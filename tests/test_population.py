@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from cases import catalogue
 from hypothesis import given
 from hypothesis import strategies as st
-from models import adapted, checkpoint_activations, largest, mlp, state_of, text_batch, tiny_llama, trained
+from models import (
+    adapted,
+    checkpoint_activations,
+    largest,
+    mlp,
+    state_of,
+    text_batch,
+    tiny_llama,
+    trained,
+)
 from torch import nn
 
 import lora_func as lf
@@ -41,7 +50,11 @@ def population(params, K=3):
 # the four functions
 
 
-@given(K=st.integers(1, 5), ids=st.lists(st.integers(0, 100), max_size=7), shape=st.lists(st.integers(0, 3), max_size=3))
+@given(
+    K=st.integers(1, 5),
+    ids=st.lists(st.integers(0, 100), max_size=7),
+    shape=st.lists(st.integers(0, 3), max_size=3),
+)
 def test_stack_select_unstack(K, ids, shape):
     """Round trips to the bit, for leaves of any shape; a gather picks what indexing picks."""
     several = [{"a": torch.randn(shape), "b": torch.randn(())} for _ in range(K)]
@@ -52,10 +65,18 @@ def test_stack_select_unstack(K, ids, shape):
     ids = [i % K for i in ids]
     picked = lf.select(stacked, torch.tensor(ids, dtype=torch.int64))
     assert picked["a"].shape == (len(ids), *shape)
-    assert all(torch.equal(picked[key][n], several[i][key]) for n, i in enumerate(ids) for key in stacked)
+    assert all(
+        torch.equal(picked[key][n], several[i][key]) for n, i in enumerate(ids) for key in stacked
+    )
     repeated = lf.expand(several[0], 4)
-    assert all(torch.equal(leaf, several[0][key]) for each in lf.unstack(repeated) for key, leaf in each.items())
-    assert repeated["a"].untyped_storage().data_ptr() == several[0]["a"].untyped_storage().data_ptr()
+    assert all(
+        torch.equal(leaf, several[0][key])
+        for each in lf.unstack(repeated)
+        for key, leaf in each.items()
+    )
+    assert (
+        repeated["a"].untyped_storage().data_ptr() == several[0]["a"].untyped_storage().data_ptr()
+    )
 
 
 def test_gradients_flow_through():
@@ -64,25 +85,59 @@ def test_gradients_flow_through():
     weights = torch.tensor([1.0, 10.0, 100.0, 1000.0])
     picked = lf.select(lf.stack(several), torch.tensor([0, 2, 0, 2]))
     (picked["a"] * weights[:, None]).sum().backward()
-    assert [params["a"].grad.tolist() for params in several] == [[101.0] * 2, [0.0] * 2, [1010.0] * 2]
+    assert [params["a"].grad.tolist() for params in several] == [
+        [101.0] * 2,
+        [0.0] * 2,
+        [1010.0] * 2,
+    ]
 
 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
         (lambda: lf.stack([]), "a list of at least one dict of parameters, and not nothing"),
-        (lambda: lf.stack({"a": torch.ones(2)}), "at least one dict of parameters, and not a list of str"),
-        (lambda: lf.stack([{"a": torch.ones(2)}, {"b": torch.ones(2)}]), "differ in the keys 'a', 'b'.*one after the other"),
-        (lambda: lf.stack([{"a": torch.ones(2)}, {"a": torch.ones(3)}]), r"'a' is torch.float32 of shape \(3,\) in adapter 1"),
-        (lambda: lf.stack([{"a": torch.ones(2)}, {"a": torch.ones(2).half()}]), "'a' is torch.float16 .* in adapter 1"),
-        (lambda: lf.unstack({"a": torch.ones(2), "b": torch.ones(3)}), r"do not share a leading axis: 'a' \(2,\), 'b' \(3,\)"),
+        (
+            lambda: lf.stack({"a": torch.ones(2)}),
+            "at least one dict of parameters, and not a list of str",
+        ),
+        (
+            lambda: lf.stack([{"a": torch.ones(2)}, {"b": torch.ones(2)}]),
+            "differ in the keys 'a', 'b'.*one after the other",
+        ),
+        (
+            lambda: lf.stack([{"a": torch.ones(2)}, {"a": torch.ones(3)}]),
+            r"'a' is torch.float32 of shape \(3,\) in adapter 1",
+        ),
+        (
+            lambda: lf.stack([{"a": torch.ones(2)}, {"a": torch.ones(2).half()}]),
+            "'a' is torch.float16 .* in adapter 1",
+        ),
+        (
+            lambda: lf.unstack({"a": torch.ones(2), "b": torch.ones(3)}),
+            r"do not share a leading axis: 'a' \(2,\), 'b' \(3,\)",
+        ),
         (lambda: lf.unstack({"a": torch.ones(())}), r"do not share a leading axis: 'a' \(\)"),
         (lambda: lf.unstack({}), "do not share a leading axis: there is none"),
-        (lambda: lf.select({"a": torch.ones(2, 3)}, [0, 1]), r"int64 tensor of shape \[examples\].* and not \[0, 1\]"),
-        (lambda: lf.select({"a": torch.ones(2, 3)}, torch.tensor([0.0])), r"and not torch.float32 of shape \(1,\)"),
-        (lambda: lf.select({"a": torch.ones(2, 3)}, torch.tensor(1)), r"and not torch.int64 of shape \(\)"),
-        (lambda: lf.select({"a": torch.ones(2, 3)}, torch.tensor([0, 2])), r"ids out of range: \[0, 2\] for a population of 2"),
-        (lambda: lf.select({"a": torch.ones(2, 3)}, torch.tensor([-1])), r"ids out of range: \[-1\]"),
+        (
+            lambda: lf.select({"a": torch.ones(2, 3)}, [0, 1]),
+            r"int64 tensor of shape \[examples\].* and not \[0, 1\]",
+        ),
+        (
+            lambda: lf.select({"a": torch.ones(2, 3)}, torch.tensor([0.0])),
+            r"and not torch.float32 of shape \(1,\)",
+        ),
+        (
+            lambda: lf.select({"a": torch.ones(2, 3)}, torch.tensor(1)),
+            r"and not torch.int64 of shape \(\)",
+        ),
+        (
+            lambda: lf.select({"a": torch.ones(2, 3)}, torch.tensor([0, 2])),
+            r"ids out of range: \[0, 2\] for a population of 2",
+        ),
+        (
+            lambda: lf.select({"a": torch.ones(2, 3)}, torch.tensor([-1])),
+            r"ids out of range: \[-1\]",
+        ),
         (lambda: lf.expand({"a": torch.ones(2)}, 0), "an integer of at least 1, and not 0"),
         (lambda: lf.expand({"a": torch.ones(2)}, 2.0), "an integer of at least 1, and not 2.0"),
     ],
@@ -104,13 +159,20 @@ def test_each_example_runs_through_its_own_adapter(variant):
     several = population(params)
     stacked = lf.stack(several)
     given_ = adapter(model, stacked, batch).logits
-    expected = torch.cat([adapter(model, p, example(batch, i)).logits for i, p in enumerate(several)])
+    expected = torch.cat(
+        [adapter(model, p, example(batch, i)).logits for i, p in enumerate(several)]
+    )
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(given_[real], expected[real], rtol=1e-5, atol=1e-6)
 
     grads = torch.func.grad(lambda p: losses(model, adapter, batch)(p).sum())(stacked)
-    alone = [torch.func.grad(lambda p, i=i: losses(model, adapter, example(batch, i))(p)[0])(p) for i, p in enumerate(several)]
-    assert largest(grads, lf.stack(alone)) <= 1e-6 * max(1, *(leaf.abs().max() for leaf in grads.values()))
+    alone = [
+        torch.func.grad(lambda p, i=i: losses(model, adapter, example(batch, i))(p)[0])(p)
+        for i, p in enumerate(several)
+    ]
+    assert largest(grads, lf.stack(alone)) <= 1e-6 * max(
+        1, *(leaf.abs().max() for leaf in grads.values())
+    )
     assert state_of(model) == before
 
 
@@ -119,8 +181,13 @@ def test_per_sample_gradients(variant):
     """Expanded parameters: the gradient of the summed loss is, example by example, that of the example alone."""
     model, adapter, params = adapted(variant, tiny_llama(attn_implementation="eager"))
     batch = text_batch()
-    _, grads = lf.value_and_grad(lambda p: losses(model, adapter, batch)(p).sum())(lf.expand(params, 3))
-    alone = [torch.func.grad(lambda p, i=i: losses(model, adapter, example(batch, i))(p)[0])(params) for i in range(3)]
+    _, grads = lf.value_and_grad(lambda p: losses(model, adapter, batch)(p).sum())(
+        lf.expand(params, 3)
+    )
+    alone = [
+        torch.func.grad(lambda p, i=i: losses(model, adapter, example(batch, i))(p)[0])(params)
+        for i in range(3)
+    ]
     scale = max(leaf.abs().max() for leaf in grads.values())
     assert largest(grads, lf.stack(alone)) <= 1e-6 * max(1, scale)
 
@@ -141,9 +208,12 @@ def test_leaves_with_and_without_the_axis(variant):
         own = [key for i, key in enumerate(params) if i % 2 == parity]
         mixed = {**params, **lf.stack([{key: p[key] for key in own} for p in several])}
         one_by_one = [
-            adapter(model, {**params, **{key: p[key] for key in own}}, batch).logits[i] for i, p in enumerate(several)
+            adapter(model, {**params, **{key: p[key] for key in own}}, batch).logits[i]
+            for i, p in enumerate(several)
         ]
-        torch.testing.assert_close(adapter(model, mixed, batch).logits, torch.stack(one_by_one), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            adapter(model, mixed, batch).logits, torch.stack(one_by_one), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_a_mixed_batch_of_selected_adapters():
@@ -165,7 +235,9 @@ def test_low_precision_identity():
 @over_variants
 def test_composes_with_transforms(variant):
     """vmap over populations, jvp, and Hessian-vector products, each against the loop."""
-    model, adapter, params = adapted(variant, tiny_llama(attn_implementation="eager").double(), dtype=torch.float64)
+    model, adapter, params = adapted(
+        variant, tiny_llama(attn_implementation="eager").double(), dtype=torch.float64
+    )
     batch = text_batch()
     f = lambda p: losses(model, adapter, batch)(p).sum()  # noqa: E731
     several = [lf.stack(population(params)) for _ in range(2)]
@@ -179,8 +251,13 @@ def test_composes_with_transforms(variant):
     slopes = [torch.func.jvp(f_i, (p,), (t,))[1] for f_i, p, t in zip(of_example, points, tangents)]
     torch.testing.assert_close(slope, sum(slopes))
     _, hvp = torch.func.jvp(torch.func.grad(f), (lf.stack(points),), (lf.stack(tangents),))
-    alone = [torch.func.jvp(torch.func.grad(f_i), (p,), (t,))[1] for f_i, p, t in zip(of_example, points, tangents)]
-    assert largest(hvp, lf.stack(alone)) <= 1e-6 * max(leaf.abs().max() for leaf in hvp.values())  # Llama's norms are float32
+    alone = [
+        torch.func.jvp(torch.func.grad(f_i), (p,), (t,))[1]
+        for f_i, p, t in zip(of_example, points, tangents)
+    ]
+    assert largest(hvp, lf.stack(alone)) <= 1e-6 * max(
+        leaf.abs().max() for leaf in hvp.values()
+    )  # Llama's norms are float32
 
 
 @over_variants
@@ -203,7 +280,9 @@ def test_bound_and_checkpointed(variant):
     """A bound population is a model; activation checkpointing recomputes each example through its own adapter."""
     model, adapter, params = adapted(variant)
     batch, stacked = text_batch(), lf.stack(population(params))
-    assert torch.equal(lf.bind(adapter, model, stacked)(**batch).logits, adapter(model, stacked, batch).logits)
+    assert torch.equal(
+        lf.bind(adapter, model, stacked)(**batch).logits, adapter(model, stacked, batch).logits
+    )
     f = lambda p: losses(model, adapter, batch)(p).sum()  # noqa: E731
     model.train()
     _, expected = lf.value_and_grad(f)(stacked)
@@ -246,17 +325,26 @@ class TimeMajor(nn.Module):
         return self.second(self.move(self.first(x)))
 
 
-@pytest.mark.parametrize("move", [lambda h: h.transpose(0, 1), lambda h: h.flatten(0, 1), lambda h: h[0, 0]], ids=range(3))
+@pytest.mark.parametrize(
+    "move",
+    [lambda h: h.transpose(0, 1), lambda h: h.flatten(0, 1), lambda h: h[0, 0]],
+    ids=range(3),
+)
 def test_a_model_that_moves_the_examples(move):
     model = TimeMajor(move)
     adapter, params = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(roles=()))
-    with pytest.raises(lf.LoraFuncError, match=r"'second' sees an input of shape .* not that of the 3 examples"):
+    with pytest.raises(
+        lf.LoraFuncError, match=r"'second' sees an input of shape .* not that of the 3 examples"
+    ):
         adapter(model, lf.stack(population(params)), torch.randn(3, 4, 6))
 
 
 def test_a_batch_of_another_size():
     model, adapter, params = adapted()
-    with pytest.raises(lf.LoraFuncError, match=r"first axis is not that of the 2 examples .*: the batch has another size"):
+    with pytest.raises(
+        lf.LoraFuncError,
+        match=r"first axis is not that of the 2 examples .*: the batch has another size",
+    ):
         adapter(model, lf.stack(population(params, 2)), text_batch(rows=3))
 
 
@@ -265,7 +353,8 @@ def test_an_input_without_an_example_axis():
     model = nn.Linear(6, 6)
     adapter, params = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(roles=()))
     with pytest.raises(
-        lf.LoraFuncError, match=r"sees an input of shape \(6,\), whose first axis is not that of the 6 examples"
+        lf.LoraFuncError,
+        match=r"sees an input of shape \(6,\), whose first axis is not that of the 6 examples",
     ):
         adapter(model, lf.stack(population(params, 6)), torch.randn(6))
 
@@ -274,10 +363,23 @@ def test_shapes_that_are_no_example_axis():
     model, adapter, params = adapted()
     key, other = list(params)[:2]
     for leaf in (params[key][None, None], params[key][0], params[key].mT[None]):
-        with pytest.raises(lf.LoraFuncError, match=r"where \(4, 32\) was expected, or \('n', 4, 32\) with an example axis"):
+        with pytest.raises(
+            lf.LoraFuncError,
+            match=r"where \(4, 32\) was expected, or \('n', 4, 32\) with an example axis",
+        ):
             adapter(model, {**params, key: leaf}, text_batch())
-    with pytest.raises(lf.LoraFuncError, match=r"the example axis of .* has length 2, and that of .* 3"):
-        adapter(model, {**params, key: params[key].expand(3, 4, 32), other: params[other].expand(2, 32 + 16, 4)}, text_batch())
+    with pytest.raises(
+        lf.LoraFuncError, match=r"the example axis of .* has length 2, and that of .* 3"
+    ):
+        adapter(
+            model,
+            {
+                **params,
+                key: params[key].expand(3, 4, 32),
+                other: params[other].expand(2, 32 + 16, 4),
+            },
+            text_batch(),
+        )
 
 
 def test_one_adapter_is_merged_and_saved(tmp_path):
@@ -287,7 +389,10 @@ def test_one_adapter_is_merged_and_saved(tmp_path):
         functools.partial(lf.merge, adapter, model, stacked),
         functools.partial(lf.save, tmp_path / "a.safetensors", adapter, stacked),
     ):
-        with pytest.raises(lf.LoraFuncError, match=r"it has an example axis. Take one adapter of it, as in lf.unstack"):
+        with pytest.raises(
+            lf.LoraFuncError,
+            match=r"it has an example axis. Take one adapter of it, as in lf.unstack",
+        ):
             call()
     assert not list(tmp_path.iterdir())
     lf.merge(adapter, model, lf.unstack(stacked)[1])
@@ -307,7 +412,9 @@ def test_a_population_trains_as_each_adapter_alone(variant):
         return {key: leaf.clone().requires_grad_() for key, leaf in p.items()}
 
     together = [fresh(p) for p in starts]
-    optimizer = torch.optim.AdamW([{"params": list(p.values()), "lr": rate} for p, rate in zip(together, rates)])
+    optimizer = torch.optim.AdamW(
+        [{"params": list(p.values()), "lr": rate} for p, rate in zip(together, rates)]
+    )
     for step in range(20):
         optimizer.zero_grad()
         losses(model, adapter, batches[step % 4])(lf.stack(together)).sum().backward()
@@ -320,5 +427,7 @@ def test_a_population_trains_as_each_adapter_alone(variant):
             losses(model, adapter, example(batches[step % 4], i))(alone).sum().backward()
             optimizer.step()
         moved = max((alone[key] - start[key]).abs().max().item() for key in alone)
-        assert largest(together[i], alone) <= 1e-4 * max(leaf.abs().max().item() for leaf in alone.values())
+        assert largest(together[i], alone) <= 1e-4 * max(
+            leaf.abs().max().item() for leaf in alone.values()
+        )
         assert moved > 5 * rate

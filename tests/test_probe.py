@@ -10,9 +10,12 @@ from models import adapted, mlp, state_of, text_batch, tiny_llama
 from torch import nn
 
 import lora_func as lf
+from lora_func.testing import rounding_at_init
 
 
-@pytest.mark.parametrize("variant", catalogue(at_base=True).values(), ids=catalogue(at_base=True).keys())
+@pytest.mark.parametrize(
+    "variant", catalogue(at_base=True).values(), ids=catalogue(at_base=True).keys()
+)
 def test_a_live_adapter(variant):
     model, batch = tiny_llama(), text_batch()
     adapter, params = lf.adapt(model, variant, **data_for(variant, model, lf.Targets()))
@@ -21,7 +24,8 @@ def test_a_live_adapter(variant):
     assert state_of(model) == before
     assert found.base_unchanged
     assert (found.targets, found.trainable) == (14, sum(leaf.numel() for leaf in params.values()))
-    assert found.difference <= (1e-5 if isinstance(variant, lf.HRA) else 0)
+    # x passes through many layers: a hundred times the rounding of one.
+    assert found.difference <= 100 * rounding_at_init(variant, torch.float32)
     assert found.perturbation > 1e-4
     assert found.gradient_norm > 0
     assert found.loss == pytest.approx(model(**batch).loss.item(), rel=1e-5)
@@ -60,7 +64,10 @@ def test_no_output_to_probe():
             return (super().forward(x) > 0).sum()
 
     model, adapter, params = adapted(model=Counts(nn.Linear(4, 4)), targets=lf.Targets())
-    with pytest.raises(lf.LoraFuncError, match="the model returned Tensor without a floating tensor: nothing to probe"):
+    with pytest.raises(
+        lf.LoraFuncError,
+        match="the model returned Tensor without a floating tensor: nothing to probe",
+    ):
         lf.probe(adapter, model, params, torch.randn(3, 4))
 
 

@@ -20,16 +20,16 @@ import qwen
 
 
 def test_every_variant_of_the_catalogue():
-    assert {*qwen.SETTINGS, *qwen.UNTRAINED} == {*lf.VARIANTS}
+    assert {*qwen.TRAINABLE, "ssteer"} == {*lf.VARIANTS}  # which has nothing to train
 
 
 @pytest.fixture
 def run(tmp_path):
-    model, batch = tiny_llama(), text_batch()
+    model, batch = tiny_llama(head_dim=32), text_batch()  # widths that groups of 64 divide
     return lambda name: qwen.probe(name, model, batch, qwen.Options(r=2, adapters=tmp_path))
 
 
-@pytest.mark.parametrize("name", qwen.SETTINGS)
+@pytest.mark.parametrize("name", qwen.TRAINABLE)
 def test_the_laws_hold(run, name):
     row, broken = run(name)
     assert broken == []
@@ -40,7 +40,7 @@ def test_the_laws_hold(run, name):
     ("delta", "law"),
     [
         (lambda A, B: 0.01 + B.sum(), "identity at init"),
-        (lambda A, B: A.sum() * float("nan"), "identity at init"),
+        (lambda A, B: A.sum() * float("nan"), "the probe runs, instead of: the loss is nan"),
         (lambda A, B: 0 * A.sum(), "a perturbation moves the output"),
         (lambda A, B: 0 * A.sum() + B.detach().sum(), "the gradient norm is finite"),
         (lambda A, B: 0 * A.sum() + B.detach().sum(), "the loss falls"),
@@ -67,7 +67,9 @@ def test_a_reload_that_differs_is_named(run, monkeypatch):
     assert [law.split(",")[0] for law in run("lora")[1]] == ["a reload is equal to the bit"]
 
 
-@pytest.mark.parametrize("touch", [lambda p: p.data.add_(1.0), lambda p: setattr(p, "grad", torch.zeros_like(p))])
+@pytest.mark.parametrize(
+    "touch", [lambda p: p.data.add_(1.0), lambda p: setattr(p, "grad", torch.zeros_like(p))]
+)
 def test_a_base_that_was_touched_is_named(run, monkeypatch, touch):
     """Its bits, or a gradient."""
 
@@ -80,7 +82,10 @@ def test_a_base_that_was_touched_is_named(run, monkeypatch, touch):
     assert [law for law in run("lora")[1] if law.startswith("the base keeps")]
 
 
-@pytest.mark.parametrize("error", [qwen.TransportError("no route"), OfflineModeIsEnabled("offline"), TimeoutError("slow")])
+@pytest.mark.parametrize(
+    "error",
+    [qwen.TransportError("no route"), OfflineModeIsEnabled("offline"), TimeoutError("slow")],
+)
 def test_only_a_missing_network_is_an_unreachable_hub(monkeypatch, error):
     def fail(*_, **__):
         raise error

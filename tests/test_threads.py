@@ -1,8 +1,7 @@
-"""Threads: many adapters on one base at once, each with the bits that it has alone."""
+"""Threads: many adapters run on one base at once, each with the bits that it has alone."""
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -11,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES
+from effort import SECONDS_OF_THREADS
 from models import state_of, text_batch, tiny_llama, trained
 from torch.func import grad
 
 import lora_func as lf
 
-SECONDS = 60.0 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 1.5  # as hypothesis' profile, see conftest
-NAMES = ("lora", "pissa", "dora", "dora-full", "delora", "ia3", "ia3ff", "hra")  # one for each thread
+# One for each thread.
+NAMES = ("lora", "pissa", "dora", "dora-full", "delora", "ia3", "ia3ff", "hra")
 TARGETS = [
     lf.Targets(names=(r"q_proj$", r"v_proj$")),
     lf.Targets(names=(r"down_proj$",)),
@@ -26,7 +26,10 @@ TARGETS = [
 
 
 def together(works: list[Callable[[], Any]], seconds: float = 0.0) -> list[list[Any]]:
-    """What each callable returned, in a thread of its own: once, and again until the time is over. Raises what one raised."""
+    """What each callable returned, in a thread of its own: once, and again until time is up.
+
+    Raises what one of them raised.
+    """
     results: list[list[Any]] = [[] for _ in works]
     errors: list[BaseException] = []
     start = threading.Barrier(len(works))
@@ -55,7 +58,9 @@ def together(works: list[Callable[[], Any]], seconds: float = 0.0) -> list[list[
 def same(given: Any, expected: Any) -> bool:
     """To the bit."""
     if isinstance(expected, dict):
-        return given.keys() == expected.keys() and all(same(given[key], expected[key]) for key in expected)
+        return given.keys() == expected.keys() and all(
+            same(given[key], expected[key]) for key in expected
+        )
     return torch.equal(given, expected)
 
 
@@ -82,13 +87,13 @@ def of_examples(model, adapter, params, batch):
     return lf.value_and_grad(lambda p: adapter(model, p, batch).loss)(lf.expand(params, 3))[1]
 
 
-# no jvp: torch has one level of dual numbers for all threads
+# Without jvp: torch has one level of dual numbers for all threads.
 KINDS = [of_call, of_bound, of_autograd, of_transform, of_examples]
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "unfrozen"])
 def test_eight_adapters_on_one_base(frozen):
-    """Calls, gradients of both kinds and gradients of each example, all at once: the bits of one after the other."""
+    """Calls and gradients of three kinds at once have the bits of one after the other."""
     model = tiny_llama(attn_implementation="eager").requires_grad_(not frozen)
     before = state_of(model)
     works = []
@@ -107,7 +112,7 @@ def test_eight_adapters_on_one_base(frozen):
 
         return work
 
-    results = together([worker(index) for index in range(len(NAMES))], SECONDS / 2)
+    results = together([worker(index) for index in range(len(NAMES))], SECONDS_OF_THREADS / 2)
     print(f"{sum(len(result) for result in results)} calls")
     assert all(len(result) > 0 and all(result) for result in results)
     assert state_of(model) == before
@@ -136,7 +141,7 @@ def test_adapt_init_save_and_load_at_once(tmp_path):
 
     works = [worker(index) for index in range(len(NAMES))]
     expected = [work() for work in works]
-    for results, alone in zip(together(works, SECONDS / 3), expected):
+    for results, alone in zip(together(works, SECONDS_OF_THREADS / 3), expected):
         assert all(same(result, alone) for result in results)
     assert state_of(model) == before
 
@@ -155,4 +160,4 @@ def test_an_error_in_one_thread_stays_there():
         return True
 
     works = [failing, lambda: same(of_transform(model, adapter, params, batch), expected)] * 2
-    assert all(all(result) for result in together(works, SECONDS / 6))
+    assert all(all(result) for result in together(works, SECONDS_OF_THREADS / 6))

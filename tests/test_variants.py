@@ -7,12 +7,13 @@ import math
 
 import pytest
 import torch
-from cases import CASES, Layer, layers
+from cases import CASES, layers
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import lora_func as lf
-from lora_func.numerics import compact_wy, low_rank_difference
+from lora_func.linalg import compact_wy, low_rank_difference
+from lora_func.testing import Layer
 from lora_func.variants.dora import row_norms
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -57,7 +58,9 @@ def test_pissa_starts_at_the_principal_part(layer, data):
     alpha = data.draw(st.floats(0.5, 64))
     for variant in (layer.variant, dataclasses.replace(layer.variant, alpha=alpha)):
         frozen = variant.init(layer.weight, None).frozen
-        torch.testing.assert_close(variant.scale * frozen["B0"] @ frozen["A0"], U[:, :r] * S[:r] @ V[:r], **CLOSE)
+        torch.testing.assert_close(
+            variant.scale * frozen["B0"] @ frozen["A0"], U[:, :r] * S[:r] @ V[:r], **CLOSE
+        )
 
 
 @drawn("pissa")
@@ -65,7 +68,7 @@ def test_pissa_is_the_difference_of_two_products(layer, data):
     A, B, A0, B0 = (layer.trained[name] for name in ("A", "B", "A0", "B0"))
     torch.testing.assert_close(delta(layer), layer.variant.scale * (B @ A - B0 @ A0), **CLOSE)
     rank_2r = low_rank_difference(A, B, A0, B0)
-    lora = lf.LoRA(r=2 * layer.variant.r, alpha=2 * layer.variant.alpha)
+    lora = lf.LoRA(r=2 * layer.variant.r, alpha=2 * layer.variant.r * layer.variant.scale)
     exported = lora.apply(layer.x, layer.base(layer.x), layer.weight, dict(zip("AB", rank_2r)))
     torch.testing.assert_close(exported, layer.at({}), **CLOSE)
 
@@ -84,11 +87,22 @@ def test_dora_row_norms(layer, data):
 
 @drawn("dora")
 def test_dora_cheap_norm_in_float32(layer, data):
-    A, B, s, W = layer.trained["A"].float(), layer.trained["B"].float(), layer.variant.scale, layer.weight.matrix.float()
+    A, B, s, W = (
+        layer.trained["A"].float(),
+        layer.trained["B"].float(),
+        layer.variant.scale,
+        layer.weight.matrix.float(),
+    )
     dense = (W.double() + s * B.double() @ A.double()).norm(dim=1)
     w2 = W.square().sum(1)
-    assume((dense.square() > 1e-2 * (W.norm(dim=1) + s * (B.abs() @ A.abs()).norm(dim=1)).square()).all())
-    torch.testing.assert_close(row_norms(A, B, lf.Weight(W), w2, s).double(), dense, rtol=1e-5, atol=0)
+    assume(
+        (
+            dense.square() > 1e-2 * (W.norm(dim=1) + s * (B.abs() @ A.abs()).norm(dim=1)).square()
+        ).all()
+    )
+    torch.testing.assert_close(
+        row_norms(A, B, lf.Weight(W), w2, s).double(), dense, rtol=1e-5, atol=0
+    )
 
 
 def test_dora_survives_a_row_that_cancels():
@@ -122,7 +136,9 @@ def test_dora_gradient_is_that_with_frozen_norms(layer, data):
         return ((layer.x @ ((leaves["m"] / n)[:, None] * V).mT + b) * target).sum()
 
     leaves = {name: layer.trained[name] for name in layer.names}
-    given_, expected = (torch.func.grad(f)(leaves) for f in (lambda p: (layer.at(p) * target).sum(), dense))
+    given_, expected = (
+        torch.func.grad(f)(leaves) for f in (lambda p: (layer.at(p) * target).sum(), dense)
+    )
     for name in leaves:
         torch.testing.assert_close(given_[name], expected[name], **CLOSE)
 
@@ -136,7 +152,9 @@ def test_delora_bound(layer, data):
     c = data.draw(st.floats(0.01, 1e4))
     trained = {**layer.trained, "A": c * layer.trained["A"], "B": c * layer.trained["B"]}
     W = layer.variant.merged(layer.weight, trained)[0]
-    assert (W - layer.weight.matrix).norm() <= trained["lam"].abs() * trained["wn"].max() * (1 + 1e-9)
+    assert (W - layer.weight.matrix).norm() <= trained["lam"].abs() * trained["wn"].max() * (
+        1 + 1e-9
+    )
     torch.testing.assert_close(trained["wn"], layer.weight.matrix.norm(dim=0), **CLOSE)
 
 
@@ -148,7 +166,9 @@ def test_delora_invariances(layer, data):
     torch.testing.assert_close(layer.at({"A": c[:, None] * A, "B": B * c}), layer.at({}), **CLOSE)
     torch.testing.assert_close(layer.at({"A": -A, "B": -B}), layer.at({}), **CLOSE)
     base = layer.base(layer.x)
-    torch.testing.assert_close(layer.at({"lam": 3 * lam}) - base, 3 * (layer.at({}) - base), **CLOSE)
+    torch.testing.assert_close(
+        layer.at({"lam": 3 * lam}) - base, 3 * (layer.at({}) - base), **CLOSE
+    )
     grads = torch.func.grad(lambda p: layer.at(p).square().sum())({"A": A, "B": B})
     size = layer.at({}).square().sum()
     assert ((grads["A"] * A).sum(1).abs() <= 1e-9 * size).all()
@@ -169,13 +189,10 @@ def test_delora_of_the_paper_subtracts_the_frozen_copy_at_lambda0(layer, data):
     torch.testing.assert_close(delta(layer), expected, **CLOSE)
 
 
-def test_delora_init_is_a_name_and_a_method():
-    variant = lf.DeLoRA(init="paper")
-    assert variant.init == "paper"
-    assert variant.init(lf.Weight(torch.randn(3, 4)), None).frozen.keys() == {"wn", "A0", "B0"}
-    assert variant == dataclasses.replace(lf.DeLoRA(), init="paper")
-    assert hash(variant) == hash(lf.DeLoRA(init="paper"))
-    assert repr(variant) == "DeLoRA(r=8, lambda0=15.0, init='paper')"
+def test_delora_start_was_called_init():
+    """Code that says `init=` works, with a warning that names the new field."""
+    with pytest.warns(DeprecationWarning, match=r"DeLoRA\(init=..\) is deprecated .*; use start="):
+        assert lf.DeLoRA(init="paper") == lf.DeLoRA(start="paper")
 
 
 # IA3
@@ -194,7 +211,11 @@ def test_ia3_gates(layer, data):
 def test_ia3ff_gates(layer, data):
     d = layer.trained["d"]
     off = layer.at({"d": -torch.ones_like(d)})
-    bias = torch.zeros(off.shape[-1], dtype=off.dtype) if layer.weight.bias is None else layer.weight.bias
+    bias = (
+        torch.zeros(off.shape[-1], dtype=off.dtype)
+        if layer.weight.bias is None
+        else layer.weight.bias
+    )
     torch.testing.assert_close(off, bias.expand_as(off), **CLOSE)
 
 
@@ -210,7 +231,9 @@ def test_hra_is_a_rotation(layer, data):
     R = eye - V.mT @ K  # x Rᵀ for rows, so this is Rᵀ
     torch.testing.assert_close(R @ R.mT, eye, **CLOSE)
     torch.testing.assert_close(torch.linalg.det(R), torch.ones((), dtype=U.dtype), **CLOSE)
-    torch.testing.assert_close(layer.variant.transform_input(x, layer.trained).norm(dim=-1), x.norm(dim=-1), **CLOSE)
+    torch.testing.assert_close(
+        layer.variant.transform_input(x, layer.trained).norm(dim=-1), x.norm(dim=-1), **CLOSE
+    )
     singular = torch.linalg.svdvals
     torch.testing.assert_close(singular(weights(layer)), singular(layer.weight.matrix), **CLOSE)
 
@@ -221,7 +244,9 @@ def test_hra_is_the_product_of_reflections(layer, data):
     R = torch.eye(U.shape[1], dtype=U.dtype)
     for u in U:
         R = R - 2 * R @ torch.outer(u, u) / u.square().sum()  # R H_j
-    torch.testing.assert_close(layer.variant.transform_input(layer.x, layer.trained), layer.x @ R.mT, **CLOSE)
+    torch.testing.assert_close(
+        layer.variant.transform_input(layer.x, layer.trained), layer.x @ R.mT, **CLOSE
+    )
     torch.testing.assert_close(weights(layer), layer.weight.matrix @ R, **CLOSE)
 
 
@@ -262,9 +287,12 @@ def test_hra_survives_a_zero_vector():
         (lambda: lf.LoRA(rslora=1), r"LoRA\(rslora=1\): rslora must be False or True"),
         (lambda: lf.PiSSA(r=-1), r"PiSSA\(r=-1\): r must be"),
         (lambda: lf.DoRA(detach_norm="no"), "detach_norm must be False or True"),
-        (lambda: lf.DeLoRA(lambda0=0.0), r"DeLoRA\(lambda0=0.0\): lambda0 must be a finite number above 0"),
-        (lambda: lf.DeLoRA(init="pissa"), r"DeLoRA\(init='pissa'\): init must be 'peft' or 'paper'"),
-        (lambda: lf.DeLoRA(init=3), r"DeLoRA\(init=3\): init must be 'peft' or 'paper'"),
+        (
+            lambda: lf.DeLoRA(lambda0=0.0),
+            r"DeLoRA\(lambda0=0.0\): lambda0 must be a finite number above 0",
+        ),
+        (lambda: lf.DeLoRA(start="pissa"), "start must be 'peft' or 'paper'"),
+        (lambda: lf.DeLoRA(start=3), "start must be 'peft' or 'paper'"),
         (lambda: lf.HRA(r=7), r"HRA\(r=7\): r must be even, such as 8"),
         (lambda: lf.HRA(init_norm=-1.0), "init_norm must be a finite number above 0"),
     ],
@@ -275,7 +303,10 @@ def test_hyperparameters_are_checked(make, message):
 
 
 def test_rank_above_what_the_layer_allows():
-    with pytest.raises(lf.LoraFuncError, match=r"PiSSA\(r=8\) on a layer of shape \(16, 4\): r must be at most 4 there"):
+    with pytest.raises(
+        lf.LoraFuncError,
+        match=r"PiSSA\(r=8\) on a layer of shape \(16, 4\): r must be at most 4 there",
+    ):
         lf.PiSSA(r=8).init(lf.Weight(torch.randn(16, 4)), None)
 
 

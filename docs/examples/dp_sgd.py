@@ -5,7 +5,11 @@ from toy import counting, language_model, loss_per_example
 
 import lora_func as lf
 
-clip, noise, rate = 1.0, 0.5, 0.5  # clip: largest norm of an example's gradient; noise: its multiple in the sum
+clip, noise, rate = (
+    1.0,
+    0.5,
+    0.5,
+)  # clip: largest norm of an example's gradient; noise: its multiple in the sum
 model, ids = language_model(), counting(16)
 adapted_forward, params = lf.adapt(model, lf.LoRA(r=4))
 generator = torch.Generator().manual_seed(0)
@@ -16,13 +20,19 @@ def loss(each, ids):
 
 
 for step in range(20):
-    value, grads = lf.value_and_grad(loss)(lf.expand(params, len(ids)), ids)  # leaves [16, *shape], an example each
-    norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads.values()]).norm(dim=0)  # [16]
+    value, grads = lf.value_and_grad(loss)(
+        lf.expand(params, len(ids)), ids
+    )  # leaves [16, *shape], an example each
+    norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads.values()]).norm(
+        dim=0
+    )  # [16]
     factors = (clip / norms).clamp(max=1)
     for key, grad in grads.items():
         total = torch.einsum("n,n...->...", factors, grad)
         total += clip * noise * torch.randn(total.shape, generator=generator)
         params[key] = params[key] - rate * total / len(ids)
     if step % 5 == 4:
-        print(f"step {step + 1}: loss {value / len(ids):.3f}, largest norm before clipping {norms.max():.2f}")
+        print(
+            f"step {step + 1}: loss {value / len(ids):.3f}, largest norm before clipping {norms.max():.2f}"
+        )
 assert value / len(ids) < 4.1  # chance is log(64) = 4.16

@@ -11,7 +11,10 @@ import lora_func as lf
 
 beta = 0.1
 model = language_model()
-chosen, rejected = counting(8, step=1), counting(8, step=2)  # the same starts: prefer counting by one
+chosen, rejected = (
+    counting(8, step=1),
+    counting(8, step=2),
+)  # the same starts: prefer counting by one
 both = torch.cat([chosen, rejected])
 adapted_forward, params = lf.adapt(model, lf.LoRA(r=4), generator=torch.Generator().manual_seed(0))
 
@@ -38,5 +41,7 @@ for step in range(20):
     value.backward()
     optimizer.step()
     if step % 5 in (0, 4):
-        print(f"step {step}: loss {value:.3f}, preferred in {(margin > 0).float().mean():.0%} of the pairs")
+        print(
+            f"step {step}: loss {value:.3f}, preferred in {(margin > 0).float().mean():.0%} of the pairs"
+        )
 assert (margin > 0).all()

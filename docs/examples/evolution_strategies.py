@@ -21,11 +21,17 @@ def fitness(population):
 
 
 for generation in range(15):
-    noise = {key: torch.randn(pairs, *leaf.shape, generator=generator) for key, leaf in params.items()}
-    scores = fitness({key: params[key] + sigma * torch.cat([noise[key], -noise[key]]) for key in params})
+    noise = {
+        key: torch.randn(pairs, *leaf.shape, generator=generator) for key, leaf in params.items()
+    }
+    scores = fitness(
+        {key: params[key] + sigma * torch.cat([noise[key], -noise[key]]) for key in params}
+    )
     advantage = (scores[:pairs] - scores[pairs:]) / (2 * sigma)  # [pairs]
     for key in params:
-        params[key] = params[key] + rate * torch.einsum("n,n...->...", advantage, noise[key]) / pairs
+        params[key] = (
+            params[key] + rate * torch.einsum("n,n...->...", advantage, noise[key]) / pairs
+        )
     if generation == 0:
         first = scores.mean()
     if generation % 5 == 4:

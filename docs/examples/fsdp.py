@@ -17,10 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lora_func as lf
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--variant", default="LoRA", choices=["LoRA", "DoRA", "PiSSA", "DeLoRA", "IA3", "HRA"])
+parser.add_argument(
+    "--variant", default="LoRA", choices=["LoRA", "DoRA", "PiSSA", "DeLoRA", "IA3", "HRA"]
+)
 parser.add_argument("--hidden", type=int, default=64, help="a multiple of 64")
 parser.add_argument("--layers", type=int, default=2)
-parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the base")
+parser.add_argument(
+    "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the base"
+)
 parser.add_argument("--batch", type=int, default=4, help="sequences for each rank")
 parser.add_argument("--length", type=int, default=64)
 parser.add_argument("--steps", type=int, default=20)
@@ -45,7 +49,9 @@ config = LlamaConfig(
 )
 config.dtype = getattr(torch, options.dtype)
 with torch.device("meta"):  # nothing is allocated
-    model = LlamaForCausalLM._from_config(config).requires_grad_(False)  # frozen before it is sharded
+    model = LlamaForCausalLM._from_config(config).requires_grad_(
+        False
+    )  # frozen before it is sharded
 for layer in model.model.layers:
     fully_shard(layer, mesh=mesh)
 fully_shard(model, mesh=mesh)
@@ -71,12 +77,18 @@ for step in range(options.steps):
     if rank == 0:
         print(f"step {step + 1}: loss {losses[-1]:.3f}", flush=True)
 
-peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = (
+    torch.cuda.max_memory_allocated()
+    if cuda
+    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+)
 held, whole = (
-    sum(p.numel() * p.element_size() for p in ps) for ps in ((p.to_local() for p in model.parameters()), model.parameters())
+    sum(p.numel() * p.element_size() for p in ps)
+    for ps in ((p.to_local() for p in model.parameters()), model.parameters())
 )
 print(
-    f"rank {rank}: holds {held / 2**20:,.1f} of the base's {whole / 2**20:,.1f} MiB, peak {peak / 2**20:,.0f} MiB", flush=True
+    f"rank {rank}: holds {held / 2**20:,.1f} of the base's {whole / 2**20:,.1f} MiB, peak {peak / 2**20:,.0f} MiB",
+    flush=True,
 )
 assert losses[-1] < losses[0]
 dist.destroy_process_group()

@@ -23,7 +23,10 @@ class Hypernetwork(nn.Module):
 
     def forward(self, task):
         hidden = self.body(task)
-        return {key: leaf + head(hidden).unflatten(1, leaf.shape) for head, (key, leaf) in zip(self.heads, start.items())}
+        return {
+            key: leaf + head(hidden).unflatten(1, leaf.shape)
+            for head, (key, leaf) in zip(self.heads, start.items())
+        }
 
 
 torch.manual_seed(0)

@@ -21,7 +21,9 @@ def gradients(ids):
     return torch.cat([grad.flatten(1) for grad in grads.values()], dim=1)
 
 
-influence = gradients(train) @ gradients(test).T  # [train, test]: by how much a step on i lowers the loss of j, per rate
+influence = (
+    gradients(train) @ gradients(test).T
+)  # [train, test]: by how much a step on i lowers the loss of j, per rate
 print("influence of each training example (row) on each test example:", influence, sep="\n")
 
 # the check: take the step on each training example, all six in one pass, and look

@@ -26,7 +26,9 @@ for _ in range(40):
 params = {key: leaf.detach() for key, leaf in params.items()}
 
 _, grads = lf.value_and_grad(loss)(lf.expand(params, len(ids)), ids)
-precision = {key: prior + grad.square().sum(0) for key, grad in grads.items()}  # n F + prior, a leaf's shape each
+precision = {
+    key: prior + grad.square().sum(0) for key, grad in grads.items()
+}  # n F + prior, a leaf's shape each
 
 
 def deviation(ids):
@@ -43,5 +45,7 @@ def deviation(ids):
 
 generator = torch.Generator().manual_seed(1)
 known, unknown = ids[0], torch.randint(64, (16,), generator=generator)
-print(f"deviation of the top logit: {deviation(known):.3f} on a training sequence, {deviation(unknown):.3f} on random tokens")
+print(
+    f"deviation of the top logit: {deviation(known):.3f} on a training sequence, {deviation(unknown):.3f} on random tokens"
+)
 assert deviation(known) < deviation(unknown)

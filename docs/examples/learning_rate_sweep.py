@@ -11,7 +11,9 @@ adapted_forward, params = lf.adapt(model, lf.LoRA(r=4), generator=torch.Generato
 
 # the same start for all: one dict of leaves for each, one parameter group for each
 adapters = [{key: leaf.clone().requires_grad_() for key, leaf in params.items()} for _ in rates]
-optimizer = torch.optim.AdamW([{"params": list(own.values()), "lr": rate} for own, rate in zip(adapters, rates)])
+optimizer = torch.optim.AdamW(
+    [{"params": list(own.values()), "lr": rate} for own, rate in zip(adapters, rates)]
+)
 
 # adapter k sees rows 8k .. 8k+7: every adapter trains on the same eight sequences
 owner = torch.arange(8).repeat_interleave(len(ids))

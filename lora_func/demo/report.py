@@ -27,8 +27,13 @@ ROWS = {
 def write_report(folder: Path, result: dict[str, Any]) -> None:
     """Prints the table, and writes `loss.png` and `report.md`."""
     table = [(name, form.format(result[name])) for name, form in ROWS.items()]
-    print("\n" + tabulate(table, headers=("", result["variant"]), tablefmt="github", disable_numparse=True))
-    print(f"\n{result['question']}\n\nbefore: {result['completion before']}\n\nafter:  {result['completion after']}\n")
+    print(
+        "\n"
+        + tabulate(table, headers=("", result["variant"]), tablefmt="github", disable_numparse=True)
+    )
+    print(
+        f"\n{result['question']}\n\nbefore: {result['completion before']}\n\nafter:  {result['completion after']}\n"
+    )
     plot_losses(folder / "loss.png", result)
     ran_on = ", ".join(f"{name} {value}" for name, value in result["ran on"].items())
     page = f"""# {result["variant"]} on {result["model"]}
@@ -56,7 +61,10 @@ After:
 > {quoted(result["completion after"])}
 """
     (folder / "report.md").write_text(page, encoding="utf-8")
-    print(f"wrote {folder}/: " + ", ".join(("adapter.safetensors", "loss.png", "report.md", "result.json")))
+    print(
+        f"wrote {folder}/: "
+        + ", ".join(("adapter.safetensors", "loss.png", "report.md", "result.json"))
+    )
 
 
 def quoted(text: str) -> str:
@@ -69,8 +77,12 @@ def plot_losses(path: Path, result: dict[str, Any]) -> None:
     axes = figure.subplots()
     axes.plot(range(1, len(losses) + 1), losses, color="C0", linewidth=1.2, label="training batch")
     ends = [result["loss before"], result["loss after"]]
-    axes.plot([0, len(losses)], ends, "o--", color="C1", linewidth=1, label="held out, before and after")
-    axes.set(xlabel="step", ylabel="loss of the answers (nats per token)", title=f"{result['variant']}")
+    axes.plot(
+        [0, len(losses)], ends, "o--", color="C1", linewidth=1, label="held out, before and after"
+    )
+    axes.set(
+        xlabel="step", ylabel="loss of the answers (nats per token)", title=f"{result['variant']}"
+    )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)

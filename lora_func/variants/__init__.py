@@ -1,27 +1,32 @@
-"""The catalogue: name -> class. A new variant is its own file and one line here."""
+# ruff: noqa: I001  (the order of the lines is that of every table)
+"""The catalogue. A variant of the library is its own file, and one line here."""
 
-from .antipasto import AntiPaSTO
-from .antipastoablate import AntiPaSTOAblate
-from .antipastoarrow import AntiPaSTOArrow
-from .antipastocorda import AntiPaSTOCorDA
-from .antipastorotation import AntiPaSTORotation
-from .corda import CorDA
-from .delora import DeLoRA
-from .dora import DoRA
-from .eva import EVA
-from .hra import HRA
-from .ia3 import IA3
-from .ia3ff import IA3FF
-from .lora import LoRA
-from .loraga import LoRAGA
-from .milora import MiLoRA
-from .olora import OLoRA
-from .pissa import PiSSA
-from .ssteer import SSteer
-from .ssvd import SSVD
+from ..variant import Variant
+from .lora import LoRA as LoRA
+from .pissa import PiSSA as PiSSA
+from .milora import MiLoRA as MiLoRA
+from .olora import OLoRA as OLoRA
+from .corda import CorDA as CorDA
+from .loraga import LoRAGA as LoRAGA
+from .eva import EVA as EVA
+from .dora import DoRA as DoRA
+from .delora import DeLoRA as DeLoRA
+from .ia3 import IA3 as IA3
+from .ia3ff import IA3FF as IA3FF
+from .hra import HRA as HRA
+from .ssvd import SSVD as SSVD
+from .antipasto import AntiPaSTO as AntiPaSTO
+from .antipastorotation import AntiPaSTORotation as AntiPaSTORotation
+from .antipastocorda import AntiPaSTOCorDA as AntiPaSTOCorDA
+from .antipastoablate import AntiPaSTOAblate as AntiPaSTOAblate
+from .antipastoarrow import AntiPaSTOArrow as AntiPaSTOArrow
+from .ssteer import SSteer as SSteer
 
-ALL = (
-    *(LoRA, PiSSA, MiLoRA, OLoRA, CorDA, LoRAGA, EVA, DoRA, DeLoRA, IA3, IA3FF, HRA, SSVD),
-    *(AntiPaSTO, AntiPaSTORotation, AntiPaSTOCorDA, AntiPaSTOAblate, AntiPaSTOArrow, SSteer),
-)
-VARIANTS = {variant.name(): variant for variant in ALL}
+VARIANTS: dict[str, type[Variant]] = {
+    kind.name(): kind
+    for kind in list(vars().values())
+    if isinstance(kind, type) and issubclass(kind, Variant) and kind is not Variant
+}
+"""name -> class."""
+
+__all__ = [kind.__name__ for kind in VARIANTS.values()]  # pyright: ignore

@@ -1,47 +1,45 @@
-"""MiLoRA: LoRA that starts from the minor singular triplets of the weight. Wang et al. 2024, arXiv 2406.09044.
+"""MiLoRA: LoRA that starts from the minor singular triplets. Wang et al. 2024, arXiv 2406.09044.
 
-    out = base_out + s x (BA - B0A0)ᵀ,   telescoped as in PiSSA
+    out = base_out + s x (BA - B0A0)ᵀ                                              s = alpha / r
 
-    A0 = sqrt(S_- / s) V_- [r, d_in],   B0 = U_- sqrt(S_- / s) [d_out, r],   s B0 A0 = U_- S_- V_-,   s = alpha / r
+    A0 = sqrt(S_- / s) V_- [r, d_in],   B0 = U_- sqrt(S_- / s) [d_out, r],   s B0 A0 = U_- S_- V_-
 
-where U_-, S_-, V_- are the r smallest singular triplets: what pretraining used least is what training may overwrite. Where
-the smallest singular values are near zero, so are A0 and B0, and the first gradients are small. The base keeps its weight and
-the output at init is the base output to the bit. The weight is read once, at init.
+U_-, S_-, V_- are the r smallest singular triplets: training overwrites first what pretraining used
+least. If the smallest singular values are near zero, so are A0 and B0, and the first gradients are
+small. The output at init is the base output to the bit. The weight is read once, at init. How
+training depends on alpha: see PiSSA.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from ..numerics import anchored, anchored_update, anchored_weight, at_least_float32, check_fits
-from ..variant import Variant, check_positive, check_rank
+from ..card import Card
+from ..checks import check_fits
+from ..linalg import top_svd
+from ._low_rank import Anchored
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiLoRA(Variant):
-    """Minor singular component adaptation, Wang et al. 2024 (arXiv 2406.09044). Trainable: A [r, d_in], B [d_out, r]."""
+class MiLoRA(Anchored):
+    """Minor singular component adaptation, Wang et al. 2024 (arXiv 2406.09044).
 
-    r: int = 8  # rank, from 1 to min(d_in, d_out)
-    alpha: float = 8.0  # scale of the update before the division by r, above 0
+    Trainable: A [r, d_in], B [d_out, r].
+    """
 
-    def __post_init__(self):
-        check_rank(self)
-        check_positive(self, "alpha")
+    card = Card(
+        title="Minor singular component adaptation",
+        authors="Wang et al. 2024",
+        source="2406.09044",
+        formula="base_out + s x (BA - B0A0)ᵀ",
+        trainable={"A": "r, d_in", "B": "d_out, r"},
+        reads="init",
+        lr=2e-3,
+        beside_peft="not in PEFT",
+    )
 
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.r
-
-    def init(self, weight, generator, stats=None):
-        check_fits("MiLoRA", self.r, weight.shape)
-        U, S, V = torch.linalg.svd(at_least_float32(weight.dense()), full_matrices=False)
+    def anchors(self, weight, generator, stats):
+        check_fits(self, weight.shape)
+        U, S, V = top_svd(weight.dense(), min(weight.shape))
         root = (S[-self.r :] / self.scale).sqrt()  # [r]
-        return anchored(root[:, None] * V[-self.r :], U[:, -self.r :] * root)
-
-    def apply(self, x, base_out, weight, params):
-        return anchored_update(base_out, x, params, self.scale)
-
-    def merged(self, weight, params):
-        return anchored_weight(weight, params, self.scale), weight.bias
+        return root[:, None] * V[-self.r :], U[:, -self.r :] * root

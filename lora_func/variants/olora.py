@@ -1,11 +1,12 @@
-"""OLoRA: LoRA that starts from an orthonormal basis, by QR of the weight. Büyükakyüz 2024, arXiv 2406.01775.
+"""OLoRA: LoRA that starts from a QR decomposition of the weight. Büyükakyüz 2024, arXiv 2406.01775.
 
-    out = base_out + s x (BA - B0A0)ᵀ,   telescoped as in PiSSA
+    out = base_out + s x (BA - B0A0)ᵀ                                              s = alpha / r
 
-    W = Q R,   B0 = Q[:, :r] [d_out, r],   A0 = R[:r] [r, d_in],   s = alpha / r
+    W = Q R,   B0 = Q[:, :r] [d_out, r],   A0 = R[:r] [r, d_in]
 
-The columns of B0 are orthonormal. The scale is not divided out of the factors, as in PEFT, so what is telescoped away is
-s Q_r R_r. The base keeps its weight and the output at init is the base output to the bit. The weight is read once, at init.
+The columns of B0 are orthonormal. As in PEFT the scale is not divided out of the factors, so the
+start is s Q_r R_r. The output at init is the base output to the bit. The weight is read once, at
+init. alpha = None means r, so that s = 1.
 """
 
 from __future__ import annotations
@@ -14,32 +15,32 @@ from dataclasses import dataclass
 
 import torch
 
-from ..numerics import anchored, anchored_update, anchored_weight, at_least_float32, check_fits
-from ..variant import Variant, check_positive, check_rank
+from ..card import Card, Peft
+from ..checks import check_fits
+from ..linalg import at_least_float32
+from ._low_rank import Anchored
 
 
 @dataclass(frozen=True, kw_only=True)
-class OLoRA(Variant):
-    """Orthonormal low-rank adaptation, Büyükakyüz 2024 (arXiv 2406.01775). Trainable: A [r, d_in], B [d_out, r]."""
+class OLoRA(Anchored):
+    """Orthonormal low-rank adaptation, Büyükakyüz 2024 (arXiv 2406.01775).
 
-    r: int = 8  # rank, from 1 to min(d_in, d_out)
-    alpha: float = 8.0  # scale of the update before the division by r, above 0
+    Trainable: A [r, d_in], B [d_out, r].
+    """
 
-    def __post_init__(self):
-        check_rank(self)
-        check_positive(self, "alpha")
+    card = Card(
+        title="Orthonormal low-rank adaptation",
+        authors="Büyükakyüz 2024",
+        source="2406.01775",
+        formula="base_out + s x (BA - B0A0)ᵀ",
+        trainable={"A": "r, d_in", "B": "d_out, r"},
+        reads="init",
+        lr=5e-4,
+        peft=Peft("LoraConfig", {"init_lora_weights": "olora"}),
+        beside_peft="the same function; PEFT rewrites the weight",
+    )
 
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.r
-
-    def init(self, weight, generator, stats=None):
-        check_fits("OLoRA", self.r, weight.shape)
+    def anchors(self, weight, generator, stats):
+        check_fits(self, weight.shape)
         Q, R = torch.linalg.qr(at_least_float32(weight.dense()))
-        return anchored(R[: self.r], Q[:, : self.r])
-
-    def apply(self, x, base_out, weight, params):
-        return anchored_update(base_out, x, params, self.scale)
-
-    def merged(self, weight, params):
-        return anchored_weight(weight, params, self.scale), weight.bias
+        return R[: self.r].clone(), Q[:, : self.r].clone()

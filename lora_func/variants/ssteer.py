@@ -1,16 +1,19 @@
-"""S-steer: steering in the space of singular directions, without training. After wassname's ssteer-eval-aware.
+"""S-steer: steering along singular directions, without training. After wassname's
+ssteer-eval-aware.
 
-    z = (base_out - b) U,    out = base_out + alpha (dS * z) Uᵀ                     ( = S_r scaled by 1 + alpha dS )
+    z = (base_out - b) U,    out = base_out + alpha (dS * z) Uᵀ    ( = S_r scaled by 1 + alpha dS )
 
-    dS = normalized( (Uᵀ h) * sqrt(S) ),    h = mean output on positive prompts - mean output on negative ones
+    dS = normalized( (Uᵀ h) * sqrt(S) ),   h = mean output on positive - on negative prompts
 
-U [d_out, r] and S are the top singular triplets of W. Nothing is trained: h comes in as the stats of each layer, the
-difference of two collections,
+U [d_out, r] and S are the top singular triplets of W. Nothing is trained: h comes in as the stats
+of each layer, the difference of two collections,
 
-    positive, negative = (lf.collect(model, targets, batches, lf.OutputMeans()) for batches in (positive, negative))
-    adapter, params = lf.adapt(model, lf.SSteer(), targets=targets, stats={k: positive[k] - negative[k] for k in positive})
+    positive, negative = (lf.collect(model, targets, b, lf.OutputMeans()) for b in (good, bad))
+    stats = {path: positive[path] - negative[path] for path in positive}
+    adapter, params = lf.adapt(model, lf.SSteer(), targets=targets, stats=stats)
 
-and `alpha` may be changed at inference: `adapter.replace(alpha=-4.0)` steers the other way, 0 is the base output to the bit.
+`alpha` may change at inference: `adapter.replace(alpha=-4.0)` steers the other way, and 0 is the
+base output to the bit. The weight is read once, at init.
 """
 
 from __future__ import annotations
@@ -19,14 +22,32 @@ from dataclasses import dataclass
 
 import torch
 
+from ..card import Card
+from ..checks import check_fits, check_number, check_rank
 from ..errors import LoraFuncError
-from ..numerics import add_along, coordinates, cored, top_svd
-from ..variant import Params, Variant, check_number, check_rank
+from ..linalg import top_svd
+from ..statistics import OutputMeans
+from ..variant import Params
+from ._directions import Directions
 
 
 @dataclass(frozen=True, kw_only=True)
-class SSteer(Variant):
-    """Steering of singular directions, wassname 2025 (github.com/wassname/ssteer-eval-aware). Trainable: nothing."""
+class SSteer(Directions):
+    """Steering of singular directions, wassname 2025 (github.com/wassname/ssteer-eval-aware).
+
+    Trainable: nothing.
+    """
+
+    card = Card(
+        title="Steering of singular directions",
+        authors="wassname 2025",
+        source="github.com/wassname/ssteer-eval-aware",
+        formula="base_out + alpha (dS z) Uᵀ, z = (base_out - b) U",
+        at_init="moved",
+        reads="init",
+        data="required",
+        beside_peft="not in PEFT",
+    )
 
     r: int = 64  # singular directions, from 1 to min(d_in, d_out)
     alpha: float = 1.0  # strength, any number; may change at inference
@@ -38,22 +59,22 @@ class SSteer(Variant):
     def init(self, weight, generator, stats=None):
         if stats is None:
             raise LoraFuncError(
-                "SSteer steers along a difference of mean outputs: pass stats={path: positive - negative}, of two "
-                "lf.collect(model, targets, batches, lf.OutputMeans())"
+                "SSteer steers along a difference of mean outputs: pass stats={path: positive - "
+                "negative}, from two lf.collect(model, targets, batches, lf.OutputMeans())"
             )
-        U, S, _ = top_svd(weight, self.r, "SSteer")
+        OutputMeans().check(stats, weight)
+        check_fits(self, weight.shape)
+        U, S, _ = top_svd(weight.dense(), self.r)
         dS = (stats.to(U) @ U) * S.sqrt()  # [r]
         if not dS.norm() > 0:
-            raise LoraFuncError("SSteer steers along a difference of mean outputs, and this one is 0 or not finite")
+            raise LoraFuncError(
+                "SSteer steers along a difference of mean outputs; this one is 0 or not finite"
+            )
         return Params({}, frozen={"U": U, "dS": dS / dS.norm()})
 
     def like(self, weight, leaves):
-        return Params({}, frozen={"U": torch.empty(weight.shape[0], self.r), "dS": torch.empty(self.r)})
+        frozen = {"U": torch.empty(weight.shape[0], self.r), "dS": torch.empty(self.r)}
+        return Params({}, frozen=frozen)
 
-    def apply(self, x, base_out, weight, params):
-        z = coordinates(base_out, weight.bias, params["U"])  # [.., r]
-        return add_along(base_out, z * (self.alpha * params["dS"]).to(z.dtype), params["U"])
-
-    def merged(self, weight, params):
-        # (I + alpha U diag(dS) Uᵀ) W
-        return cored(weight, params["U"], (self.alpha * params["dS"]).diag()), weight.bias
+    def core(self, params):
+        return {"U": params["U"], "gain": self.alpha * params["dS"]}

@@ -13,18 +13,28 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from cases import catalogue
-from models import checkpoint_activations, largest, state_of, text_batch, tiny_llama, trained
+from models import (
+    assert_at_base,
+    checkpoint_activations,
+    largest,
+    state_of,
+    text_batch,
+    tiny_llama,
+    trained,
+)
 from torch import nn
 from torch.func import grad, jvp, vmap
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import lora_func as lf
-from lora_func.product import in_transform
-from lora_func.weight import weight_of
+from lora_func.libraries.functorch import in_transform
+from lora_func.weights.table import weight_of
 
 variants = catalogue()
 over_variants = pytest.mark.parametrize("variant", variants.values(), ids=variants.keys())
-over_at_base = pytest.mark.parametrize("variant", catalogue(at_base=True).values(), ids=catalogue(at_base=True).keys())
+over_at_base = pytest.mark.parametrize(
+    "variant", catalogue(at_base=True).values(), ids=catalogue(at_base=True).keys()
+)
 over_kinds = pytest.mark.parametrize("kind", ["nf4", "fp4", "nf4, nested", "int8"])
 over_packings = pytest.mark.parametrize("kind", ["nf4", "nf4, nested"])
 Q_V_DOWN = lf.Targets(names=(r"(q|v|down)_proj$",))
@@ -43,12 +53,18 @@ def pack(layer: nn.Linear, kind: str, device: str) -> nn.Module:
     """`layer` as bitsandbytes packs it: on its way to the device."""
     options = {"bias": layer.bias is not None}
     if kind == "int8":
-        packed = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False, **options)
-        data = layer.weight.data.to("cpu", copy=True)  # quantized on its way from the CPU, and only there
+        packed = bnb.nn.Linear8bitLt(
+            layer.in_features, layer.out_features, has_fp16_weights=False, **options
+        )
+        data = layer.weight.data.to(
+            "cpu", copy=True
+        )  # quantized on its way from the CPU, and only there
         packed.weight = bnb.nn.Int8Params(data, requires_grad=False, has_fp16_weights=False)
     else:
         packing = {"quant_type": kind[:3], "compress_statistics": kind.endswith("nested")}
-        packed = bnb.nn.Linear4bit(layer.in_features, layer.out_features, compute_dtype=torch.float32, **packing, **options)
+        packed = bnb.nn.Linear4bit(
+            layer.in_features, layer.out_features, compute_dtype=torch.float32, **packing, **options
+        )
         packed.weight = bnb.nn.Params4bit(layer.weight.data.clone(), requires_grad=False, **packing)
     if layer.bias is not None:
         packed.bias = nn.Parameter(layer.bias.data.clone(), requires_grad=False)
@@ -68,17 +84,25 @@ def with_layers(model: nn.Module, kind: type[nn.Module], change) -> nn.Module:
     model = copy.deepcopy(model)
     for path, module in list(model.named_modules()):
         if isinstance(module, kind) and "lm_head" not in path:
-            setattr(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], change(module))
+            setattr(
+                model.get_submodule(path.rpartition(".")[0]),
+                path.rpartition(".")[2],
+                change(module),
+            )
     return model.requires_grad_(False)
 
 
 def llama(**changes):
-    return tiny_llama(hidden_size=64, intermediate_size=96, attn_implementation="eager", attention_bias=True, **changes)
+    """Widths that bitsandbytes' kernel for CPUs with AVX512-BF16 takes: outputs by 32, inputs by 64."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    return tiny_llama(**sizes, attn_implementation="eager", attention_bias=True, **changes)
 
 
 def pair(kind: str, device: str = "cpu") -> tuple[nn.Module, nn.Module]:
     """A quantized Llama, and the float one with its dequantized weights. 8-bit layers train: in eval they round their input."""
-    packed = with_layers(llama().to(device), nn.Linear, functools.partial(pack, kind=kind, device=device))
+    packed = with_layers(
+        llama().to(device), nn.Linear, functools.partial(pack, kind=kind, device=device)
+    )
     plain = with_layers(packed, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt), unpack).to(device)
     return (packed.train(), plain.train()) if kind == "int8" else (packed, plain)
 
@@ -104,7 +128,9 @@ def loss_of(model, adapter, batch):
 
 def near(given, expected, tolerance=1e-5):
     """Relative to the largest entry of the whole dict."""
-    return largest(given, expected) <= tolerance * max(1e-3, *(leaf.abs().max().item() for leaf in expected.values()))
+    return largest(given, expected) <= tolerance * max(
+        1e-3, *(leaf.abs().max().item() for leaf in expected.values())
+    )
 
 
 # what every adapter does
@@ -117,11 +143,11 @@ def test_identity_at_init(variant, kind, device):
     model, batch = pair(kind, device)[0].eval(), batch_on(device)
     adapter, params = lf.adapt(model, variant, targets=Q_V_DOWN, **calibration(variant, device))
     logits, expected = adapter(model, params, batch).logits, model(**batch).logits
-    if isinstance(variant, lf.HRA):
-        tolerance = 0.1 if kind == "int8" else 1e-5  # a rounding of the input may move its int8 code
-        assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
+    if variant.card.at_init == "rounding" and kind == "int8":
+        # A rounding of the input may move its int8 code.
+        assert (logits - expected).abs().max() <= 0.1 * expected.abs().max()
     else:
-        assert torch.equal(logits, expected)
+        assert_at_base(variant, logits, expected)
     _, grads = lf.value_and_grad(loss_of(model, adapter, batch))(params)
     assert all(leaf.isfinite().all() for leaf in grads.values())
     assert sum(leaf.abs().sum() for leaf in grads.values()) > 0
@@ -138,7 +164,9 @@ def test_equals_the_dequantized_model(variant, kind, device):
     assert near(grad(loss_of(packed, adapter, batch))(params), expected)
     if device == "cpu" or kind != "int8":  # on CUDA, Linear8bitLt rounds its input in training, too
         assert near(lf.value_and_grad(loss_of(packed, adapter, batch))(params)[1], expected)
-        torch.testing.assert_close(adapter(packed, params, batch).logits, adapter(plain, params, batch).logits)
+        torch.testing.assert_close(
+            adapter(packed, params, batch).logits, adapter(plain, params, batch).logits
+        )
 
 
 @over_variants
@@ -156,7 +184,9 @@ def test_transforms(variant, kind, device):
     slope = jvp(f, (params,), (tangent,))[1]
     torch.testing.assert_close(slope, jvp(g, (params,), (tangent,))[1])
     assert slope != 0
-    assert near(jvp(grad(f), (params,), (tangent,))[1], jvp(grad(g), (params,), (tangent,))[1], 1e-4)  # twice the products
+    assert near(
+        jvp(grad(f), (params,), (tangent,))[1], jvp(grad(g), (params,), (tangent,))[1], 1e-4
+    )  # twice the products
 
 
 @over_variants
@@ -165,8 +195,13 @@ def test_populations(variant, device):
     packed, plain = pair("nf4, nested", device)
     adapter, params = adapt(packed, variant, device)
     batch, several = batch_on(device), lf.stack([trained(params) for _ in range(3)])
-    torch.testing.assert_close(adapter(packed, several, batch).logits, adapter(plain, several, batch).logits)
-    given, expected = (lf.value_and_grad(loss_of(m, adapter, batch))(lf.expand(params, 3))[1] for m in (packed, plain))
+    torch.testing.assert_close(
+        adapter(packed, several, batch).logits, adapter(plain, several, batch).logits
+    )
+    given, expected = (
+        lf.value_and_grad(loss_of(m, adapter, batch))(lf.expand(params, 3))[1]
+        for m in (packed, plain)
+    )
     assert near(given, expected)
 
 
@@ -196,7 +231,9 @@ def test_norms_are_those_of_the_dequantized_weight(kind, device):
     adapter, params = lf.adapt(packed, lf.DoRA(r=4), targets=Q_V_DOWN)
     torch.testing.assert_close(params[f"{path}.lora_m"], W.norm(dim=1))
     adapter, _ = lf.adapt(packed, lf.DeLoRA(r=4), targets=Q_V_DOWN)
-    given, expected = (dict(a.frozen) for a in (adapter, lf.adapt(plain, lf.DeLoRA(r=4), targets=Q_V_DOWN)[0]))
+    given, expected = (
+        dict(a.frozen) for a in (adapter, lf.adapt(plain, lf.DeLoRA(r=4), targets=Q_V_DOWN)[0])
+    )
     assert largest(given, expected) <= 1e-5
 
 
@@ -205,22 +242,32 @@ def test_hessian(device):
     packed, plain = nn.Sequential(first, *rest), nn.Sequential(unpack(first).to(device), *rest)
     adapter, params = lf.adapt(packed, lf.LoRA(r=1), targets=lf.Targets(names=("0",), roles=()))
     params, x = trained(params), torch.randn(5, 64, device=device)
-    given, expected = (torch.func.hessian(lambda p, m=m: adapter(m, p, x).square().sum())(params) for m in (packed, plain))
+    given, expected = (
+        torch.func.hessian(lambda p, m=m: adapter(m, p, x).square().sum())(params)
+        for m in (packed, plain)
+    )
     for key in params:
         for other in params:
-            torch.testing.assert_close(given[key][other], expected[key][other], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                given[key][other], expected[key][other], rtol=1e-4, atol=1e-5
+            )
 
 
 def test_jvp_through_a_layer_that_is_not_adapted(device):
     """bitsandbytes alone returns 0 here, without a word."""
     packed, plain = pair("nf4", device)
-    adapter, params = lf.adapt(packed, lf.LoRA(r=4), targets=lf.Targets(names=(r"layers.0.self_attn.v_proj$",)))
+    adapter, params = lf.adapt(
+        packed, lf.LoRA(r=4), targets=lf.Targets(names=(r"layers.0.self_attn.v_proj$",))
+    )
     params, batch = trained(params), batch_on(device)
     tangent = {key: torch.randn_like(leaf) for key, leaf in params.items()}
     slope = jvp(loss_of(packed, adapter, batch), (params,), (tangent,))[1]
     torch.testing.assert_close(slope, jvp(loss_of(plain, adapter, batch), (params,), (tangent,))[1])
     with torch.autograd.forward_ad.dual_level():  # the same, by forward-mode autograd
-        dual = {key: torch.autograd.forward_ad.make_dual(leaf, tangent[key]) for key, leaf in params.items()}
+        dual = {
+            key: torch.autograd.forward_ad.make_dual(leaf, tangent[key])
+            for key, leaf in params.items()
+        }
         assert in_transform()
         loss = loss_of(packed, adapter, batch)(dual)
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(loss).tangent, slope)
@@ -244,7 +291,10 @@ def test_a_bound_view_inside_a_transform(device):
     adapter, params = adapt(packed, lf.LoRA(r=4), device)
     bound, oracle = lf.bind(adapter, packed, params), lf.bind(adapter, plain, params)
     embeds = torch.randn(2, 5, 64, device=device)
-    given, expected = (grad(lambda e, m=m: m(inputs_embeds=e).logits.square().mean())(embeds) for m in (bound, oracle))
+    given, expected = (
+        grad(lambda e, m=m: m(inputs_embeds=e).logits.square().mean())(embeds)
+        for m in (bound, oracle)
+    )
     torch.testing.assert_close(given, expected)
 
 
@@ -255,7 +305,9 @@ def test_patched_by_accelerate():
     add_hook_to_module(packed.model.layers[0].self_attn.q_proj, ModelHook())
     adapter, params = adapt(packed, lf.LoRA(r=4), "cpu")
     batch = text_batch()
-    assert near(grad(loss_of(packed, adapter, batch))(params), grad(loss_of(plain, adapter, batch))(params))
+    assert near(
+        grad(loss_of(packed, adapter, batch))(params), grad(loss_of(plain, adapter, batch))(params)
+    )
 
 
 def test_hooks_run_inside_transforms():
@@ -267,7 +319,9 @@ def test_hooks_run_inside_transforms():
     assert calls == [1]
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what dynamo itself does
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # what dynamo itself does
 def test_compiled():
     torch._dynamo.reset()
     packed, _ = pair("nf4")
@@ -286,7 +340,9 @@ def test_checkpointed_and_generated():
     assert largest(lf.value_and_grad(f)(params)[1], expected) == 0
     prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    given, same = (lf.bind(adapter, m, params).eval().generate(**prompt, **options) for m in (packed, plain))
+    given, same = (
+        lf.bind(adapter, m, params).eval().generate(**prompt, **options) for m in (packed, plain)
+    )
     assert torch.equal(given, same)
 
 
@@ -306,15 +362,20 @@ def test_memory_for_backward(kind):
             storages[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)
             return t
 
-        with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            patch.setattr("lora_func.view.in_transform", lambda: forced)
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
+        ):
+            patch.setattr("lora_func.weights.table.in_transform", lambda: forced)
             out = adapter(packed, leaves, {"inputs_embeds": embeds, "use_cache": False})
         del out
         own = {t.untyped_storage().data_ptr() for t in (*packed.parameters(), *packed.buffers())}
         return sum(size for address, (size, _) in storages.items() if address not in own)
 
     assert kept(True) <= 1.05 * kept(False)
-    dense = sum(4 * m.in_features * m.out_features for m in packed.modules() if hasattr(m, "in_features"))
+    dense = sum(
+        4 * m.in_features * m.out_features for m in packed.modules() if hasattr(m, "in_features")
+    )
     assert kept(True) < dense
 
 
@@ -328,8 +389,12 @@ def test_merge_is_dense(variant, kind):
     merged = lf.merge(adapter, packed, params, dtype=torch.float32)
     assert all(t.dtype == torch.float32 for t in merged.values())
     plain.load_state_dict(merged, strict=False)
-    torch.testing.assert_close(plain(**batch).logits, adapter(packed, params, batch).logits, rtol=1e-4, atol=1e-5)
-    assert {t.dtype for t in lf.merge(adapter, packed, params, dtype=torch.bfloat16).values()} == {torch.bfloat16}
+    torch.testing.assert_close(
+        plain(**batch).logits, adapter(packed, params, batch).logits, rtol=1e-4, atol=1e-5
+    )
+    assert {t.dtype for t in lf.merge(adapter, packed, params, dtype=torch.bfloat16).values()} == {
+        torch.bfloat16
+    }
 
 
 def test_files_go_between_quantized_and_float(tmp_path):
@@ -354,10 +419,17 @@ def test_loaded_through_transformers(bits, device, tmp_path):
     llama().save_pretrained(tmp_path)
     options = {"load_in_8bit": True}
     if bits == 4:
-        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+        }
     model = LlamaForCausalLM.from_pretrained(
-        tmp_path, quantization_config=BitsAndBytesConfig(**options), device_map=device, attn_implementation="eager"
-    )
+        tmp_path,
+        quantization_config=BitsAndBytesConfig(**options),
+        device_map=device,
+        attn_implementation="eager",
+    ).requires_grad_(False)  # bitsandbytes adds a bias in place on CPUs with AVX512-BF16
     batch = batch_on(device)
     adapter, params = lf.adapt(model, lf.PiSSA(r=4))
     assert torch.equal(adapter(model, params, batch).logits, model(**batch).logits)
@@ -390,13 +462,18 @@ def test_weights_repacked_for_a_cpu(kind):
     """CPUs with AVX512-BF16 repack 4-bit layers in place, into bfloat16 scales, for a kernel without a backward."""
     layer = pack(nn.Linear(128, 64), kind, "cpu")
     before, x = weight_of(layer).dense(), torch.randn(3, 128, requires_grad=True)
-    layer.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    layer.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(
+        layer.weight.data, layer.weight.quant_state
+    )
     state = copy.deepcopy(vars(layer.weight.quant_state))
     after = weight_of(layer).dense()
     assert after.shape == (64, 128)
     torch.testing.assert_close(after.float(), before, rtol=2e-2, atol=1e-3)  # bfloat16
     unchanged = vars(layer.weight.quant_state)
-    assert all(torch.equal(v, state[k]) if isinstance(v, torch.Tensor) else True for k, v in unchanged.items())
+    assert all(
+        torch.equal(v, state[k]) if isinstance(v, torch.Tensor) else True
+        for k, v in unchanged.items()
+    )
     model = nn.Sequential(layer)
     adapter, params = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(roles=()))
     adapter(model, params, x).sum().backward()
@@ -419,12 +496,18 @@ def test_float_weights_in_an_8bit_layer(device):
     ids=["4bit", "8bit"],
 )
 def test_a_layer_that_is_not_quantized_yet(layer):
-    with pytest.raises(lf.LoraFuncError, match=r"'0' is a Linear\w+ that is not quantized yet: move the model to its device"):
+    with pytest.raises(
+        lf.LoraFuncError,
+        match=r"'0' is a Linear\w+ that is not quantized yet: move the model to its device",
+    ):
         lf.adapt(nn.Sequential(layer()), lf.LoRA(r=2), targets=lf.Targets(roles=()))
 
 
 def test_a_weight_that_was_packed_transposed():
     layer = pack(nn.Linear(64, 8), "nf4", "cpu")
     layer.in_features, layer.out_features = 8, 64
-    with pytest.raises(lf.LoraFuncError, match=r"'0' is a Linear4bit .* where a floating one of shape \(64, 8\) was expected"):
+    with pytest.raises(
+        lf.LoraFuncError,
+        match=r"'0' is a Linear4bit .* where a floating one of shape \(64, 8\) was expected",
+    ):
         lf.adapt(nn.Sequential(layer), lf.LoRA(r=2), targets=lf.Targets(roles=()))

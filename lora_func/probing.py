@@ -1,8 +1,9 @@
-"""`probe`: the evidence that an adapter is alive, for when training does not move, or before a long run starts."""
+"""`probe`: the evidence that an adapter is alive, before a long run or when training stalls."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,29 +12,38 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .adapt import Adapter
+from .engine.adapter import Adapter
+from .engine.batch import call_arguments
 from .errors import LoraFuncError
-from .view import call_arguments
-from .weight import whole
+from .weights.layer import whole
 
 
 @dataclass(frozen=True)
 class Probe:
     """What `probe` found. Printed, it is a table."""
 
-    targets: int  # adapted layers
-    trainable: int  # trainable parameters
-    difference: float  # largest |adapted - base| over the outputs: the identity error, where the parameters are at init
-    perturbation: float  # largest change of the outputs when every parameter moves
-    loss: float  # the output's `loss`, else the mean square of the outputs
-    gradient_norm: float  # of the loss, over all parameters
-    live: dict[str, float]  # path of a layer -> gradient norm of its parameters, once they have moved
-    dead: tuple[str, ...]  # flat keys of leaves without a gradient, also once they have moved
-    base_unchanged: bool  # whether the model holds the same bits as before
+    targets: int
+    """Adapted layers."""
+    trainable: int
+    """Trainable parameters."""
+    difference: float
+    """Largest |adapted - base| over the outputs: the identity error, if the parameters are new."""
+    perturbation: float
+    """Largest change of the outputs when every parameter moves."""
+    loss: float
+    """The output's `loss`, otherwise the mean square of the outputs."""
+    gradient_norm: float
+    """Of the loss, over all parameters."""
+    live: dict[str, float]
+    """Path of a layer -> gradient norm of its parameters, once they have moved."""
+    dead: tuple[str, ...]
+    """Flat keys of leaves that have no gradient even once they have moved."""
+    base_unchanged: bool
+    """Whether the model holds the same bits as before."""
 
     @property
     def inert(self) -> tuple[str, ...]:
-        """The layers whose parameters do not reach the output: never called, bypassed, or cut off from the loss."""
+        """Layers whose parameters do not reach the output: never called, bypassed, or cut off."""
         return tuple(path for path, norm in self.live.items() if norm == 0)
 
     def __str__(self) -> str:
@@ -67,10 +77,12 @@ def probe(
     """Runs the model three times and the gradient twice, and reports what reaches what.
 
     Args:
-        noise: by how much the parameters move for the perturbation: noise times N(0, 1) for each entry.
-        generator: where that is drawn from; None is a fresh one, so that a probe repeats itself.
+        noise: how far the parameters move for the perturbation: noise times N(0, 1) per entry.
+        generator: draws that noise; None is a fresh one, so that a probe repeats itself.
 
-    Raises what calling the adapter raises, and LoraFuncError for a model without floating outputs.
+    Raises:
+        LoraFuncError: what calling the adapter raises; a model without floating outputs; a loss
+            that is not finite, as without any label that counts.
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     before = state_hash(model)
@@ -78,7 +90,10 @@ def probe(
     with torch.no_grad():
         base = floating(model(*args, **kwargs))
     start = {key: leaf.detach().clone().requires_grad_() for key, leaf in params.items()}
-    moved = {key: (leaf + noise * noise_like(leaf, generator)).detach().requires_grad_() for key, leaf in start.items()}
+    moved = {
+        key: (leaf + noise * noise_like(leaf, generator)).detach().requires_grad_()
+        for key, leaf in start.items()
+    }
     out, loss, grads = run(adapter, model, start, batch)
     out_moved, _, grads_moved = run(adapter, model, moved, batch)
     norms = {key: grad.norm().item() for key, grad in grads_moved.items()}
@@ -106,31 +121,45 @@ def run(
         loss = getattr(output, "loss", None)
         if loss is None:
             loss = torch.stack([t.float().square().mean() for t in outputs]).sum()
+        if not math.isfinite(loss.item()):
+            raise LoraFuncError(
+                f"the loss is {loss.item()}: nothing can be said of its gradients. Check that the "
+                "batch has labels that count (other than -100) and that the inputs are finite"
+            )
         if loss.requires_grad:
-            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+            grads = torch.autograd.grad(
+                loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
         else:  # of a frozen model that never runs through an adapter
             grads = [torch.zeros_like(leaf) for leaf in leaves.values()]
     return [t.detach() for t in outputs], loss.detach(), dict(zip(leaves, grads))
 
 
 def floating(output: Any) -> list[Tensor]:
-    """The floating tensors in what a model returned. Raises LoraFuncError where there are none."""
-    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    """The floating tensors in what a model returned. Raises LoraFuncError if there are none."""
+    leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+    tensors = [t for t in leaves if t.is_floating_point()]
     if not tensors:
-        raise LoraFuncError(f"the model returned {type(output).__name__} without a floating tensor: nothing to probe")
+        raise LoraFuncError(
+            f"the model returned {type(output).__name__} without a floating tensor: nothing to "
+            "probe"
+        )
     return tensors
 
 
 def largest(given: list[Tensor], expected: list[Tensor]) -> float:
-    return max((a.float() - b.float()).abs().max().item() if a.numel() else 0.0 for a, b in zip(given, expected))
+    """The largest difference between two lists of tensors."""
+    differences = [(a.float() - b.float()).abs() for a, b in zip(given, expected) if a.numel()]
+    return max((difference.max().item() for difference in differences), default=0.0)
 
 
 def noise_like(leaf: Tensor, generator: torch.Generator) -> Tensor:
+    """N(0, 1) in the shape and dtype of `leaf`."""
     return torch.randn(leaf.shape, generator=generator, device=generator.device).to(leaf)
 
 
 def state_hash(model: nn.Module) -> str:
-    """A hash of all parameters and buffers of a model, computed where they are (see `whole`)."""
+    """A hash of all parameters and buffers of a model, computed where they are."""
     digest = hashlib.sha256()
     for path, module in model.named_modules():
         for name in (*module._parameters, *module._buffers):

@@ -1,7 +1,8 @@
-"""The product with a frozen matrix that is made anew each time: for packed weights, under every transform of torch.func.
+"""The product with a frozen matrix that is made anew each time, under every torch.func transform.
 
-bitsandbytes' own functions have no rules for torch.func: `grad` raises, and `jvp` returns 0 without a word. And a dequantized
-matrix in an ordinary product would be kept for backward, which costs the memory that packing saves.
+For packed weights. bitsandbytes' own functions have no rules for torch.func: `grad` raises, and
+`jvp` silently returns 0. And autograd would keep a dequantized matrix for backward, which costs
+the memory that packing saves.
 """
 
 from __future__ import annotations
@@ -11,24 +12,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack  # pyright: ignore  (compiled)
-from torch.autograd import forward_ad
 
-from .variant import Weight
+from ..variant import Weight
 
 
 def frozen_product(x: Tensor, weight: Weight, transpose: bool = False) -> Tensor:
-    """`x Wᵀ`, or `x W` with `transpose`, where `weight.dense()` is W `[d_out, d_in]`, in the dtype of x.
+    """`x Wᵀ`, or `x W` with `transpose`, for W = `weight.dense()`, in the dtype of x.
 
-    Keeps nothing for backward but `weight`. Linear in x, so its derivatives are products of the same kind, of any order.
+    Keeps nothing for backward but `weight`. It is linear in x, so its derivatives, of any order,
+    are products of the same kind.
     """
-    # dynamo traces no function with a jvp of its own; compiled code has grad and vmap, and says so of jvp
+    # Dynamo traces no function with a jvp of its own. Compiled code has grad and vmap, and raises
+    # on jvp.
     product = Product if torch.compiler.is_compiling() else ProductWithJvp
     return product.apply(x, weight, transpose)
 
 
 class Product(torch.autograd.Function):
-    """What `frozen_product` is for autograd."""
+    """`frozen_product` for autograd."""
 
     generate_vmap_rule = True
 
@@ -52,8 +53,3 @@ class ProductWithJvp(Product):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:  # pyright: ignore
         return frozen_product(tangent, ctx.weight, ctx.transpose)
-
-
-def in_transform() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, ..) is active in this thread, or forward-mode autograd in any."""
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0

@@ -1,0 +1,78 @@
+"""The card of a method: what is known of it, declared once, on its class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+AT_INIT = ("exact", "rounding", "moved")
+READS = ("nothing", "init", "rows")
+DATA = ("none", "optional", "required")
+TARGETS = "TARGETS"  # in `Peft.fields`, stands for the names of the target layers
+
+
+class Peft(NamedTuple):
+    """The same method in PEFT."""
+
+    config: str  # name of the class, such as "LoraConfig"
+    fields: Mapping[str, Any] = {}  # that select the method, such as {"use_dora": True}
+    rank: str | None = "r"  # PEFT's name of the field `r`; None if it has none
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Card:
+    """What is known of a method. README, docs, tests, demo and benchmarks read it from here.
+
+    A variant in a notebook needs no card: the defaults promise what every variant must keep.
+    """
+
+    title: str = ""  # what it does, in a few words
+    authors: str = ""  # and year: "Hu et al. 2021"
+    source: str = ""  # an arXiv number such as "2106.09685", or a web address
+    formula: str = ""  # one line, as in the paper
+    trainable: Mapping[str, str] = field(default_factory=dict)
+    """Leaf -> its shape, in d_out, d_in and attributes of the variant: `{"A": "r, d_in"}`."""
+    at_init: str = "exact"
+    """The output at init equals the base output: "exact", to the bit; "rounding", up to rounding;
+    "moved", not at all, by design."""
+    reads: str = "rows"
+    """Of the weight: "nothing"; "init", the dense matrix once, at init; "rows", also a few rows
+    pushed through it on each call."""
+    data: str = "none"
+    """Whether `init` uses calibration data: "none", "optional" or "required"."""
+    lr: float = 1e-3  # learning rate of AdamW to start from
+    layers: tuple[str, ...] = (r"q_proj$", r"v_proj$")  # regexes of the layers to start with
+    settings: Mapping[str, Any] = field(default_factory=dict)  # fields to start with, beside r
+    width: int = 1  # times LoRA's rank that r usually is
+    peft: Peft | None = None  # None: PEFT does not have it
+    beside_peft: str = ""  # how the two differ, in a phrase
+
+    def __post_init__(self) -> None:
+        for name, known in (("at_init", AT_INIT), ("reads", READS), ("data", DATA)):
+            if getattr(self, name) not in known:
+                given = getattr(self, name)
+                raise ValueError(f"Card({name}={given!r}): {name} must be one of {known}")
+
+    def shapes(
+        self, variant: Any, shape: tuple[int, int], **known: int
+    ) -> dict[str, tuple[int, ...]]:
+        """Leaf -> its shape as `trainable` declares it, for a layer of `shape` (d_out, d_in).
+
+        `known`: values of other names. A rank r_l that depends on data is r unless it is given.
+        """
+
+        class Scope(dict[str, int]):
+            def __missing__(self, name: str) -> int:
+                return getattr(variant, "r" if name == "r_l" else name)
+
+        scope = Scope(d_out=shape[0], d_in=shape[1], **known)
+        return {
+            name: eval(f"({text},)" if text else "()", {"__builtins__": {}}, scope)
+            for name, text in self.trainable.items()
+        }
+
+    @property
+    def url(self) -> str:
+        """The address of `source`."""
+        return self.source if "/" in self.source else f"arxiv.org/abs/{self.source}"

@@ -1,0 +1,343 @@
+"""The `Adapter`: the adapted forward of a model, as a pure function of one flat dict."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LoraFuncError, listing, near_misses
+from ..libraries import accelerate
+from ..libraries.dynamo import Traceable
+from ..variant import Variant
+from ..weights.layer import LayerWeight
+from ..weights.table import read
+from .batch import call_arguments
+from .keys import SHARED, by_path, key_mismatch
+from .layer import AdaptedLayer
+from .leaves import blank, draw
+from .sites import Base, Found, Site
+from .view import make_view
+
+
+class Adapter:
+    """The adapted forward of a model: `adapter(model, params, batch)`.
+
+    Immutable, hashable by identity, picklable. It holds neither the model nor any trainable
+    tensor, but which variant adapts which layer, the shapes of the parameters, and the frozen
+    constants.
+    """
+
+    variants: Mapping[str, Variant]
+    """Path of a layer -> its variant."""
+    shapes: Mapping[str, torch.Size]
+    """Flat key -> shape of a trainable leaf."""
+    frozen: Mapping[str, Tensor]
+    """Flat key -> frozen constant."""
+    base: Mapping[str, Base]
+    """Path -> what is remembered of the layer's weight."""
+    dtype: torch.dtype
+    """Of the trainable leaves that `init` draws."""
+    _sites: tuple[Site, ...]
+    _traceable: Traceable
+
+    def __init__(
+        self,
+        variants: Mapping[str, Variant],
+        shapes: Mapping[str, torch.Size],
+        frozen: Mapping[str, Tensor],
+        base: Mapping[str, Base],
+        dtype: torch.dtype,
+    ):
+        leaves = by_path({key: (key, len(shape)) for key, shape in shapes.items()})
+        constants = by_path(frozen)
+
+        def names(nested: Mapping[str, Mapping[str, tuple[str, Any]]], path: str) -> dict[str, Any]:
+            own = {**nested.get(SHARED, {}), **nested.get(path, {})}
+            return {name: value for name, (_, value) in own.items()}
+
+        sites = tuple(
+            Site(path, variant, base[path].transposed, names(leaves, path), names(constants, path))
+            for path, variant in variants.items()
+        )
+        vars(self).update(
+            variants=MappingProxyType(dict(variants)),
+            shapes=MappingProxyType(dict(shapes)),
+            frozen=MappingProxyType(dict(frozen)),
+            base=MappingProxyType(dict(base)),
+            dtype=dtype,
+            _sites=sites,
+            _traceable=Traceable(),
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"an Adapter is immutable, so {name!r} cannot be set")
+
+    def __call__(self, model: nn.Module, params: Mapping[str, Tensor], batch: Any) -> Any:
+        """What the model returns for `batch`, adapted.
+
+        A pure function of `params`, differentiable in them and in the batch. A leaf may have one
+        leading axis more than its own shape, the example axis (see `population`): then example i
+        of the batch runs through entry i, in the layers that use the leaf. It must be the first
+        axis of what those layers see.
+
+        Args:
+            model: the model that the adapter was made for, or one with the same layers.
+            params: flat key -> tensor, with the keys and shapes of `shapes`.
+            batch: a mapping becomes keyword arguments, a tuple or list positional ones, anything
+                else the one argument.
+
+        Raises:
+            LoraFuncError: params with missing or unexpected keys, wrong shapes or integer dtypes;
+                a model without the targets; an example axis that a layer does not see; a batch
+                that no model takes; activation checkpointing of a kind that loses gradients.
+        """
+        args, kwargs = call_arguments(batch)
+        self.check(params)
+        view = self.view(model, params, call=True)
+        try:
+            return view(*args, **kwargs)
+        except RuntimeError as error:
+            if reason := explained(error, model):
+                raise LoraFuncError(reason) from error
+            raise
+
+    @torch.inference_mode(False)
+    def init(
+        self,
+        model: nn.Module,
+        *,
+        generator: torch.Generator | None = None,
+        stats: Mapping[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """Fresh parameters, as `adapt` draws them. A leaf with an anchor starts at it.
+
+        Args:
+            generator: the only source of randomness; None is torch's default generator.
+            stats: path -> what `collect` found, for variants whose trainable leaves start from
+                data (EVA).
+
+        Raises:
+            LoraFuncError: a model without the targets; stats that give other shapes.
+        """
+        weights = self.weights(model)
+        start = {key: self.frozen[f"{key}0"] for key in self.shapes if f"{key}0" in self.frozen}
+        found = [
+            Found(site.path, site.variant, weights[site.path])
+            for site in self._sites
+            if not start.keys() >= set(self.keys_of(site.path))
+        ]
+        if found:
+            start = {**draw(found, generator, stats).trainable, **start}
+        for key, shape in self.shapes.items():
+            if key not in start or start[key].shape != shape:
+                other = f"shape {tuple(start[key].shape)}" if key in start else "no parameters"
+                raise LoraFuncError(
+                    f"{key!r} has shape {tuple(shape)} in this adapter, and {other} by these "
+                    "stats; adapt anew"
+                )
+        return {key: start[key].to(self.dtype, copy=True) for key in self.shapes}
+
+    def replace(self, **fields: Any) -> Adapter:
+        """A new Adapter with other hyperparameters, as in `adapter.replace(coeff=-1.0)`.
+
+        They change in every variant that has them.
+
+        Raises:
+            LoraFuncError: a field that no variant has; a value that needs other parameters.
+        """
+        kinds = self.variants.values()
+        known = {field.name for variant in kinds for field in dataclasses.fields(variant)}
+        if unknown := [name for name in fields if name not in known]:
+            raise LoraFuncError(
+                f"no variant of this adapter has a field {listing(unknown)}."
+                f"{near_misses(unknown[0], known)}"
+            )
+        variants = {}
+        for path, variant in self.variants.items():
+            names = {field.name for field in dataclasses.fields(variant)}
+            own = {name: value for name, value in fields.items() if name in names}
+            variants[path] = dataclasses.replace(variant, **own)
+        shapes = {key: torch.empty(shape, device="meta") for key, shape in self.shapes.items()}
+        leaves = {**shapes, **self.frozen}
+        needed = blank(variants, self.base, leaves)
+        expected = {**needed.trainable, **needed.frozen}
+        for key, leaf in leaves.items():
+            if key not in expected or expected[key].shape != leaf.shape:
+                raise LoraFuncError(
+                    f"{fields} takes other parameters than {key!r} of shape {tuple(leaf.shape)}; "
+                    "adapt anew"
+                )
+        return Adapter(variants, self.shapes, self.frozen, self.base, self.dtype)
+
+    @property
+    def lr_scale(self) -> dict[str, float]:
+        """Flat key -> how many times faster than others the leaf should learn (LoRA+)."""
+        scales = {}
+        for site in self._sites:
+            for name, (key, _) in site.leaves.items():
+                scales[key] = float(site.variant.lr_scale.get(name, 1.0))
+        return {key: scales[key] for key in self.shapes}
+
+    @torch.inference_mode(False)
+    def to(self, *args: Any, **kwargs: Any) -> Adapter:
+        """A new Adapter with its constants moved or cast, as in `adapter.to("cuda")`.
+
+        The arguments are those of `Tensor.to`. Indices stay integers.
+        """
+        frozen = {}
+        for key, leaf in self.frozen.items():
+            moved = leaf.to(*args, **kwargs)
+            frozen[key] = moved if leaf.is_floating_point() else leaf.to(moved.device)
+        return Adapter(self.variants, self.shapes, frozen, self.base, self.dtype)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The paths of the adapted layers."""
+        return tuple(self.variants)
+
+    def check(self, params: Mapping[str, Tensor], *, examples: bool = True) -> None:
+        """Raises LoraFuncError unless `params` has this adapter's keys, with tensors of its shapes.
+
+        With `examples`, each may have an example axis before its own shape, of one length for all.
+        """
+        if not isinstance(params, Mapping):
+            raise LoraFuncError(
+                "params must be a mapping flat key -> tensor, as adapt returns it, and not "
+                f"{type(params).__name__}"
+            )
+        if params.keys() != self.shapes.keys():
+            raise LoraFuncError(key_mismatch(params.keys(), self.shapes.keys()))
+        n, first = None, None
+        for key, shape in self.shapes.items():
+            leaf = params[key]
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                given = f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else repr(leaf)
+                raise LoraFuncError(
+                    f"params[{key!r}] is {given}, where a floating tensor of shape {tuple(shape)} "
+                    "was expected"
+                )
+            if leaf.shape == shape:
+                continue
+            if leaf.shape[1:] != shape or not examples:
+                hint = f", or {('n', *shape)} with an example axis" if examples else ""
+                if leaf.shape[1:] == shape:
+                    hint = ": it has an example axis. Take one adapter of it, as in "
+                    hint += "lf.unstack(params)[0]"
+                raise LoraFuncError(
+                    f"params[{key!r}] has shape {tuple(leaf.shape)}, where {tuple(shape)} was "
+                    f"expected{hint}"
+                )
+            if n is None:
+                n, first = leaf.shape[0], key
+            elif leaf.shape[0] != n:
+                raise LoraFuncError(
+                    f"the example axis of params[{key!r}] has length {leaf.shape[0]}, and that of "
+                    f"params[{first!r}] {n}"
+                )
+
+    def weights(self, model: nn.Module) -> dict[str, LayerWeight]:
+        """path -> the layer's `Weight`.
+
+        Raises LoraFuncError if a target is missing or has another shape.
+        """
+        modules = dict(model.named_modules(remove_duplicate=False))
+        if missing := [path for path in self.variants if path not in modules]:
+            raise LoraFuncError(missing_modules(model, missing))
+        accelerate.check_offload(model, self.variants)
+        weights = {path: read(path, modules[path]) for path in self.variants}
+        for path, base in self.base.items():
+            if weights[path].shape != base.shape:
+                raise LoraFuncError(
+                    f"{path!r} is {weights[path].shape} in this {type(model).__name__}, and was "
+                    f"{base.shape} in the model that the adapter was made for (d_out, d_in)"
+                )
+        return weights
+
+    def params_of(self, path: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the variant at `path` takes as `params`: leaves and constants under short names."""
+        site = next(site for site in self._sites if site.path == path)
+        return {name: params[key] for name, (key, _) in site.leaves.items()} | site.frozen
+
+    def keys_of(self, path: str) -> tuple[str, ...]:
+        """The flat keys of the trainable leaves that the layer at `path` uses."""
+        site = next(site for site in self._sites if site.path == path)
+        return tuple(key for key, _ in site.leaves.values())
+
+    def remember(self, model: nn.Module) -> None:
+        """Notes what torch.compile needs to trace a call on `model`, for as long as it lives."""
+        self._traceable.note(model)
+
+    def view(self, model: nn.Module, params: Mapping[str, Tensor], *, call: bool) -> nn.Module:
+        """The view of `model` in which every target carries its part of `params`.
+
+        For one call; otherwise to keep, with all modules copied.
+        """
+        adapted: list[AdaptedLayer] = []
+
+        def replacing(site: Site) -> Callable[[nn.Module], nn.Module]:
+            def replace(layer: nn.Module) -> nn.Module:
+                adapted.append(AdaptedLayer(layer, site, params))
+                return adapted[-1]
+
+            return replace
+
+        replace = {site.path: replacing(site) for site in self._sites}
+        view, missing = make_view(model, replace, self._traceable, whole=not call)
+        if missing:
+            raise LoraFuncError(missing_modules(model, missing))
+        for layer in adapted:
+            layer.settle(call)
+        return view
+
+    def __repr__(self) -> str:
+        counts = Counter(self.variants.values())
+        kinds = ", ".join(f"{count} x {variant}" for variant, count in counts.items())
+        total = sum(shape.numel() for shape in self.shapes.values())
+        return f"Adapter({kinds}; {total:,} parameters)"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        parts = self.variants, self.shapes, self.frozen, self.base
+        return Adapter, (*map(dict, parts), self.dtype)
+
+
+def bind(adapter: Adapter, model: nn.Module, params: Mapping[str, Tensor]) -> nn.Module:
+    """The adapted model as a module, to generate from, evaluate, checkpoint or serve.
+
+    A view of `model` that holds `params`, of the model's own class. It shares the model's weights
+    and buffers, but its modules are copies: `eval()` on it leaves the model as it is, and later
+    changes to the model's modules do not reach it. Raises what calling the adapter raises.
+    """
+    adapter.check(params)
+    adapter.remember(model)
+    return adapter.view(model, params, call=False)
+
+
+def explained(error: RuntimeError, model: nn.Module) -> str | None:
+    """What to do about an error of torch that only a call through a view can explain."""
+    if "saved tensor hooks" in str(error):
+        return (
+            "torch.func.grad and vjp cannot run through activation checkpointing, nor through "
+            "anything else that packs saved tensors. Use lf.value_and_grad or plain autograd "
+            "outside of transforms, or switch it off (gradient_checkpointing_disable)"
+        )
+    offloaded = any(accelerate.offloading(module) for module in model.modules())
+    if "data pointer" in str(error) and offloaded:
+        return (
+            "torch.func transforms cannot run through weights that accelerate offloads to the "
+            "disk. Use lf.value_and_grad or plain autograd outside of transforms, or offload to "
+            "the CPU"
+        )
+    return None
+
+
+def missing_modules(model: nn.Module, missing: Sequence[str]) -> str:
+    """The message for a model without some of the targets."""
+    paths = [path for path, _ in model.named_modules()]
+    hint = near_misses(missing[0], paths)
+    return f"{type(model).__name__} has no layer {listing(missing)}.{hint}"

@@ -1,0 +1,30 @@
+"""From a batch to the arguments of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..errors import LoraFuncError
+
+NOT_A_BATCH = (str, bytes, bool, int, float, set, frozenset, Iterator)
+
+
+def call_arguments(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """`(args, kwargs)` for the model. Raises LoraFuncError for what cannot be a batch."""
+    if isinstance(batch, Mapping):
+        if not all(isinstance(name, str) for name in batch):
+            raise LoraFuncError(
+                "a mapping batch becomes keyword arguments, so its keys must be strings, and not "
+                f"{list(batch)!r}"
+            )
+        return (), batch
+    if isinstance(batch, (tuple, list)):
+        return batch, {}
+    if batch is None or isinstance(batch, NOT_A_BATCH):
+        raise LoraFuncError(
+            f"batch is {type(batch).__name__}; expected a mapping of keyword arguments such as "
+            "{'input_ids': ids}, a tuple or list of positional ones, or the one argument of the "
+            "model, such as a tensor"
+        )
+    return (batch,), {}

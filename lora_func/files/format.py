@@ -1,0 +1,163 @@
+"""The format of our files: tensors, and metadata as JSON.
+
+The tensors are the flat dicts of trainable and frozen leaves. The metadata has one entry, JSON
+under the key "lora_func":
+
+    format     the version of this layout
+    library    the version of lora_func that wrote it
+    variants   [[name, {field: value}], ..], each distinct variant once
+    targets    {path: [index into variants, d_out, d_in, fingerprint or null]}
+    frozen     [keys of the tensors that are constants]
+    rebuilt    [keys of the constants that the file leaves out]
+    digest     SHA-256 of everything else, by which an altered file is known
+
+Versions:
+
+    1  the only one so far. Fields that were renamed since are read under their old names
+       (`Variant.renamed`): DeLoRA's "init" is "start" now.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor
+
+from ..engine.sites import Base
+from ..errors import LoraFuncError, listing, near_misses
+from ..variant import Variant
+
+FORMAT = 1
+KEY = "lora_func"
+
+
+class Manifest(NamedTuple):
+    """What the metadata of a file says, with its tensors."""
+
+    variants: dict[str, Variant]
+    base: dict[str, Base]
+    constants: set[str]
+    rebuilt: list[str]
+    tensors: dict[str, Tensor]
+
+
+def parse(content: bytes, catalogue: Mapping[str, type[Variant]]) -> Manifest:
+    """The manifest of a file. Raises LoraFuncError for a truncated, altered or foreign one."""
+    try:
+        tensors = safetensors.load(content)
+        metadata = split(content)[0].get("__metadata__") or {}
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise LoraFuncError(
+            f"not a whole safetensors file, so it was truncated or altered ({error})"
+        ) from error
+    if KEY not in metadata:
+        raise LoraFuncError("a safetensors file, but not one that lora_func.save wrote")
+    try:
+        meta = json.loads(metadata[KEY])
+        if meta["format"] != FORMAT:
+            raise LoraFuncError(
+                f"the file has format {meta['format']!r}, and this lora_func reads {FORMAT}; "
+                "install a newer one"
+            )
+        if meta.pop("digest") != digest(meta, content):
+            raise LoraFuncError(
+                "the file was altered after it was saved: its digest is not that of its content"
+            )
+        kinds = [make_variant(name, fields, catalogue) for name, fields in meta["variants"]]
+        variants, base = {}, {}
+        for target, (index, rows, cols, mark) in meta["targets"].items():
+            numbers = all(type(n) is int and n >= 0 for n in (index, rows, cols))
+            if not numbers or not isinstance(mark, (str, type(None))):
+                raise TypeError(f"the entry of target {target!r}")
+            variants[target], base[target] = kinds[index], Base((rows, cols), mark)
+        constants, rebuilt = set(meta["frozen"]), meta["rebuilt"]
+        keys = [*constants, *rebuilt] if type(rebuilt) is list else [None]
+        if not variants or not all(isinstance(key, str) for key in keys):
+            raise TypeError("no targets, or a key that is not a string")
+    except (LoraFuncError, MemoryError):
+        raise
+    except Exception as error:  # of any kind: a user's own variant may not expect every value
+        raise LoraFuncError(
+            f"the file was altered: its metadata is not what lora_func.save writes ({error!r})"
+        ) from error
+    return Manifest(variants, base, constants, rebuilt, tensors)
+
+
+def serialize(meta: dict[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+    """The content of a file, with its digest."""
+    # Clones, because the format refuses tensors that share memory.
+    own = {key: leaf.detach().cpu().contiguous().clone() for key, leaf in tensors.items()}
+    meta = {**meta, "digest": digest(meta, safetensors.save(own))}
+    return safetensors.save(own, {KEY: json.dumps(meta)})
+
+
+def plain_fields(variant: Variant) -> dict[str, Any]:
+    """The hyperparameters as JSON values. Raises LoraFuncError for a field that is none."""
+    fields = {field.name: getattr(variant, field.name) for field in dataclasses.fields(variant)}
+    for name, value in fields.items():
+        if not is_plain(value):
+            raise LoraFuncError(
+                f"{variant}: a file can store numbers, strings, booleans and None, but {name} is "
+                f"{value!r}"
+            )
+    return fields
+
+
+def is_plain(value: object) -> bool:
+    """Whether a file can hold `value` as a hyperparameter."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, (bool, int, str, type(None)))
+
+
+def make_variant(
+    name: str, fields: Mapping[str, Any], catalogue: Mapping[str, type[Variant]]
+) -> Variant:
+    """The inverse of `plain_fields`. Raises LoraFuncError for an unknown name, field or value."""
+    if name not in catalogue:
+        raise LoraFuncError(
+            f"unknown variant {name!r}.{near_misses(str(name), catalogue)} Known are "
+            f"{listing(catalogue, limit=50)}; pass your own class as load(..., variants=[Mine])"
+        )
+    kind = catalogue[name]
+    known = [field.name for field in dataclasses.fields(kind)]
+    given = {}
+    for old, value in fields.items():
+        field = kind.renamed.get(old, old)
+        if not is_plain(value):
+            raise LoraFuncError(
+                f"field {old!r} of {name!r} is not a number, a string, a boolean or None"
+            )
+        if field not in known:
+            raise LoraFuncError(
+                f"unknown field {old!r} of {name!r}.{near_misses(old, known)} Known are "
+                f"{listing(known, limit=50)}"
+            )
+        given[field] = value
+    return kind(**given)
+
+
+def split(content: bytes) -> tuple[dict[str, Any], memoryview]:
+    """The JSON header and the data of a safetensors file.
+
+    Its format: 8 bytes of little-endian length, the header, the data.
+    """
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), memoryview(content)[8 + length :]
+
+
+def digest(meta: Mapping[str, Any], content: bytes) -> str:
+    """SHA-256 of our metadata, of the tensors' names, types and places, and of their bytes."""
+    tensors, data = split(content)
+    tensors.pop("__metadata__", None)
+    described = json.dumps([meta, tensors], sort_keys=True)
+    total = hashlib.sha256(described.encode())
+    total.update(data)
+    return total.hexdigest()

@@ -1,0 +1,33 @@
+"""FSDP2: parameters that are sharded over ranks, as DTensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import LoraFuncError
+
+RELIES_ON = {"torch.distributed.tensor": ("DTensor.full_tensor",)}
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def gathered(tensor: Any) -> Tensor:
+    """The whole of a tensor. All ranks gather a sharded one together."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def check_frozen(parameter: Any, path: str) -> None:
+    """Raises LoraFuncError for a sharded parameter that requires grad, of the module at `path`.
+
+    `fully_shard` gathers into modules of its own, and not into the copies in a view.
+    """
+    if is_sharded(parameter):
+        raise LoraFuncError(
+            f"the parameters of {path!r} are sharded and require grad. Freeze the base, "
+            "model.requires_grad_(False), before fully_shard"
+        )

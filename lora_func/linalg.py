@@ -1,0 +1,148 @@
+"""Linear algebra that variants share: tensors in, tensors out.
+
+Every function is pure and works under torch.func. `low_rank_*`, `compact_wy`, `cayley_*` and
+`skew` are for `apply` and `prepare`; the decompositions are for `init`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .precision import at_least_float32, full_precision
+
+__all__ = [
+    "at_least_float32",
+    "cayley_minus_identity",
+    "compact_wy",
+    "full_precision",
+    "kaiming",
+    "low_rank_difference",
+    "low_rank_update",
+    "matrix_root",
+    "randomized_svd",
+    "skew",
+    "top_svd",
+    "uniform",
+]
+
+
+def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator | None) -> Tensor:
+    """U(-bound, bound) in float32, drawn on the device of the generator."""
+    device = None if generator is None else generator.device
+    draw = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
+    return (draw * 2 - 1) * bound
+
+
+def kaiming(rows: int, cols: int, generator: torch.Generator | None) -> Tensor:
+    """`[rows, cols]` of U(-1/sqrt(cols), 1/sqrt(cols)), as PEFT draws A.
+
+    He et al. 2015 (arXiv 1502.01852) with a = sqrt(5).
+    """
+    return uniform((rows, cols), cols**-0.5, generator)
+
+
+def low_rank_update(base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+    """`base + scale (x Aᵀ) Bᵀ`, in the shape and dtype of `base`.
+
+    `base [.., o]`, `x [.., i]`, `A [r, i]`, `B [o, r]`. A and B are cast, x is not; BA is never
+    formed. Kept for backward: x and the `[.., r]` intermediate. The scale is part of the sum,
+    which costs no kernel. (`addmm` would fuse the sum with the product, but it copies `base`, and
+    in eager mode its two reshapes cost more than the kernel that it saves.)
+    """
+    h = F.linear(x, A.to(x.dtype))  # [.., r]
+    delta = F.linear(h, B.to(h.dtype))  # [.., o]
+    return torch.add(base, delta.to(base.dtype), alpha=scale)
+
+
+def low_rank_difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
+    """`(A', B')` of rank 2r with `B'A' = BA - B0A0`, where B'A' is exactly zero for A = A0, B = B0.
+
+    BA - B0A0 = (B - B0) A + B0 (A - A0): each term has a factor that is zero to the bit, in
+    whatever order the products are summed. The anchors are rounded to the dtype of A and B first,
+    so this also holds for parameters in bfloat16.
+    """
+    A0, B0 = A0.to(A.dtype), B0.to(B.dtype)
+    return torch.cat([A, A - A0], dim=-2), torch.cat([B - B0, B0], dim=-1)  # [2r, i], [o, 2r]
+
+
+@full_precision
+def compact_wy(U: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """A product of Householder reflections as a low-rank update.
+
+    `R = H_0 H_1 .. H_{r-1}` with `H_j = I - 2 u_j u_jᵀ / |u_j|²` for the rows u_j of `U [r, d]`.
+    Their lengths are clamped at `eps`: a zero row reflects nothing and has no NaN gradient.
+    Returns `(V, K)`, each `[r, d]`, in float32 or wider, such that `x Rᵀ = x - (x Vᵀ) K`.
+
+    Compact WY form (Joffrain et al. 2006, doi 10.1145/1141885.1141886): R = I - Ûᵀ T Û with
+    T⁻¹ = I/2 + striu(Û Ûᵀ). With V = sqrt(2) Û, R = I - Vᵀ (I + striu(V Vᵀ))⁻¹ V. So
+    K = (I + stril(V Vᵀ))⁻¹ V is one triangular solve, which reads V Vᵀ below the diagonal only.
+    """
+    V = at_least_float32(U)
+    V = V * (math.sqrt(2) / V.norm(dim=-1, keepdim=True).clamp(min=eps))
+    return V, torch.linalg.solve_triangular(V @ V.mT, V, upper=False, unitriangular=True)
+
+
+def skew(v: Tensor, n: int) -> Tensor:
+    """Skew-symmetric `[.., n, n]` with the upper triangles `v [.., n (n - 1) / 2]`, row by row."""
+    rows, cols = torch.triu_indices(n, n, 1, device=v.device)
+    # Position in v with a zero put before it. The zero fills the diagonal and the lower triangle.
+    position = torch.zeros(n, n, dtype=torch.long, device=v.device)
+    position[rows, cols] = torch.arange(1, len(rows) + 1, device=v.device)
+    upper = F.pad(v, (1, 0))[..., position]
+    return upper - upper.mT
+
+
+@full_precision
+def cayley_minus_identity(X: Tensor) -> Tensor:
+    """`(I - X)⁻¹ (I + X) - I = (I - X)⁻¹ 2X` for skew-symmetric `X [.., n, n]`.
+
+    `I` plus it is orthogonal; `-X` gives the inverse. Exactly zero for X = 0. In float32 or wider.
+    """
+    X = at_least_float32(X)
+    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    return torch.linalg.solve(eye - X, 2 * X)
+
+
+@full_precision
+def top_svd(
+    W: Tensor, r: int, niter: int | None = None, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`U_r [m, r]`, `S_r [r]`, `V_r [r, n]` of `W [m, n]`, for r up to min(m, n).
+
+    In float32, or float64 for a float64 W. Exact; with `niter` randomized, see `randomized_svd`.
+    """
+    W = at_least_float32(W)
+    if niter is not None:
+        return randomized_svd(W, r, niter, generator)
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
+    return U[:, :r], S[:r], V[:r]
+
+
+def randomized_svd(
+    W: Tensor, r: int, niter: int, generator: torch.Generator | None, extra: int = 16
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Approximately the top r singular triplets of `W [m, n]`.
+
+    Halko, Martinsson & Tropp 2011 (arXiv 0909.4061), algorithm 4.4: a random sketch of r + `extra`
+    columns finds the range of W; `niter` power iterations sharpen it, with a QR after each.
+    (`torch.svd_lowrank` does the same, but draws from torch's global generator.)
+    """
+    m, n = W.shape
+    device = None if generator is None else generator.device
+    sketch = torch.randn(n, min(r + extra, m, n), generator=generator, device=device).to(W)
+    Q = torch.linalg.qr(W @ sketch).Q  # [m, r + extra]
+    for _ in range(niter):
+        Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q).Q).Q
+    U, S, V = torch.linalg.svd(Q.mT @ W, full_matrices=False)
+    return (Q @ U)[:, :r], S[:r], V[:r]
+
+
+@full_precision
+def matrix_root(C: Tensor, eps: float) -> Tensor:
+    """`(C + eps I)^(1/2)` of a symmetric positive semidefinite `C [d, d]`, by eigenvalues."""
+    values, Q = torch.linalg.eigh(C)
+    return (Q * (values.clamp(min=0) + eps).sqrt()) @ Q.mT

@@ -1,0 +1,83 @@
+"""`merge`: an adapter folded into weights, for tools that know only plain layers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .engine.adapter import Adapter
+from .errors import LoraFuncError, listing
+from .libraries.functorch import in_transform
+from .libraries.torch_hooks import computes_weight
+from .precision import at_least_float32
+from .variant import Weight
+
+
+def merge(
+    adapter: Adapter,
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """The weights of the adapted layers with the adapter in them: a new dict.
+
+    Args:
+        dtype: of the result; None is that of each layer's weight (dequantized, if it is packed).
+            The computation runs in float32 or wider.
+
+    Returns:
+        `"<path>.weight" -> W_eff` in the layout of the layer, and `"<path>.bias" -> b_eff` if it
+        changed, for `model.load_state_dict(merged, strict=False)` or
+        `torch.func.functional_call(model, merged, ...)`. Differentiable in `params`. The merged
+        weight of a packed layer is dense, made from the dequantized one: it is for a float model.
+
+    Raises:
+        LoraFuncError: bad `params` or model; parameters that are not finite; a variant without a
+            closed form; a weight that another module uses too, or that its layer computes from
+            other tensors.
+    """
+    adapter.check(params, examples=False)
+    check_finite(params)
+    users = defaultdict(set)  # id of a parameter -> the paths of the modules that hold it
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)].add(path)
+    merged = {}
+    for path, stored in adapter.weights(model).items():
+        layer = stored.layer
+        if computes_weight(layer):
+            raise LoraFuncError(
+                f"{path!r} computes its weight from other tensors, as weight_norm does, so a "
+                "merged one has no place in it. First make it a plain layer, which the adapter "
+                "fits as well, by torch.nn.utils.parametrize.remove_parametrizations "
+                "(remove_weight_norm, remove_spectral_norm or prune.remove, for the older ones)"
+            )
+        if others := users[id(layer._parameters.get("weight"))] - {path}:
+            raise LoraFuncError(
+                f"{path!r} shares its weight with {listing(sorted(others))}, which merging would "
+                "change too"
+            )
+        bias = None if stored.bias is None else at_least_float32(stored.bias.detach())
+        matrix = stored.dense().detach()
+        weight = Weight(at_least_float32(matrix), bias)
+        W, b = adapter.variants[path].merged(weight, adapter.params_of(path, params))
+        merged[f"{path}.weight"] = stored.as_stored(W).to(dtype or matrix.dtype, copy=True)
+        if b is not None and b is not bias:
+            merged[f"{path}.bias"] = b.to(dtype or matrix.dtype, copy=True)
+    return merged
+
+
+def check_finite(params: Mapping[str, Tensor]) -> None:
+    """Raises LoraFuncError for parameters that are not finite, where their values can be read."""
+    if in_transform() or torch.compiler.is_compiling():
+        return
+    broken = [k for k, leaf in params.items() if not leaf.is_meta and not leaf.isfinite().all()]
+    if broken:
+        raise LoraFuncError(
+            f"params: {listing(broken)} has NaN or infinite entries. Merge parameters from before "
+            "the training diverged"
+        )

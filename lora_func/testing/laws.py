@@ -1,0 +1,392 @@
+"""The laws that every variant keeps, as functions of one adapted layer."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.adapt import adapt
+from ..engine.leaves import looks_at_data
+from ..engine.targets import Targets
+from ..errors import LoraFuncError
+from ..files.load import load
+from ..files.save import save
+from ..variant import Prepared, Variant, Weight
+from .layer import ANY, Layer, Shape
+
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.bfloat16: 3e-2,
+    torch.float16: 5e-3,
+}
+"""Relative to the largest entry of a reference in float64: what the dtype resolves, times what a
+product over at most 96 inputs accumulates."""
+DTYPES = tuple(TOLERANCE)
+
+
+class Broken(LoraFuncError):
+    """A law that a variant breaks. The message names the law and shows the numbers."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """One law: what it says, how it is checked, and on which layers."""
+
+    check: Callable[[Layer], None]
+    dtypes: tuple[torch.dtype, ...] = (torch.float64,)
+    leads: tuple[Shape, ...] = ANY
+    largest: int = 96  # of d_out and d_in
+    applies: Callable[[Variant], bool] = lambda variant: True
+    trains: bool = False  # whether it says something of trainable leaves
+
+    @property
+    def name(self) -> str:
+        return self.check.__name__
+
+    @property
+    def statement(self) -> str:
+        return (self.check.__doc__ or "").splitlines()[0]
+
+
+LAWS: dict[str, Law] = {}
+"""name -> law."""
+
+
+def law(**about: Any) -> Callable[[Callable[[Layer], None]], Callable[[Layer], None]]:
+    """Enters a function of a layer into `LAWS`."""
+
+    def enter(check: Callable[[Layer], None]) -> Callable[[Layer], None]:
+        LAWS[check.__name__] = Law(check, **about)
+        return check
+
+    return enter
+
+
+def expect(holds: bool | Tensor, message: str) -> None:
+    """Raises Broken unless `holds`."""
+    if not holds:
+        raise Broken(message)
+
+
+def expect_equal(given: Tensor, expected: Tensor, what: str) -> None:
+    """Raises Broken unless two tensors are equal to the bit."""
+    if given.shape != expected.shape or given.dtype != expected.dtype:
+        got = f"{given.dtype} of shape {tuple(given.shape)}"
+        raise Broken(f"{what}: {got}, expected {expected.dtype} of shape {tuple(expected.shape)}")
+    if not torch.equal(given, expected):
+        off = (given.double() - expected.double()).abs().max().item()
+        raise Broken(f"{what}: {off:.3g} off, expected equality to the bit")
+
+
+def expect_close(
+    given: Tensor, expected: Tensor, tolerance: float, what: str, scale: Tensor | None = None
+) -> None:
+    """Raises Broken unless `given` is within `tolerance` of the largest entry of `expected`.
+
+    `scale`: other tensor whose largest entry counts, if `expected` may cancel.
+    """
+    if given.shape != expected.shape:
+        raise Broken(f"{what}: shape {tuple(given.shape)}, expected {tuple(expected.shape)}")
+    if not given.numel():
+        return
+    sizes = [t.abs().max().item() for t in (expected, scale) if t is not None and t.numel()]
+    off = (given.double() - expected.double()).abs().max().item()
+    limit = tolerance * max(*sizes, 1e-30)
+    if not off <= limit:
+        raise Broken(f"{what}: {off:.3g} off, at most {limit:.3g} allowed")
+
+
+def rounding_at_init(variant: Variant, dtype: torch.dtype) -> float:
+    """How far the output at init may be from the base output, relative to x in `dtype`.
+
+    0 for "exact". A variant that is exact up to "rounding" rounds in each of its r steps.
+    """
+    if variant.card.at_init == "exact":
+        return 0.0
+    return 8 * torch.finfo(dtype).eps * getattr(variant, "r", 1)
+
+
+def has_closed_form(variant: Variant) -> bool:
+    """Whether the variant has a `merged` of its own."""
+    return type(variant).merged is not Variant.merged
+
+
+@law()
+def purity(layer: Layer) -> None:
+    """Two calls return the same bits and write to nothing; only leaves and x get gradients."""
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in layer.leaves().items()}
+    frozen = {name: t for name, t in layer.trained.items() if name not in leaves}
+    constants = {**frozen, "W": layer.weight.matrix}
+    if layer.weight.bias is not None:
+        constants["b"] = layer.weight.bias
+    x = layer.x.clone().requires_grad_()
+    everything = {**leaves, **constants, "x": x}
+    before = {name: (t._version, t.detach().clone()) for name, t in everything.items()}
+    first, second = (layer({**leaves, **frozen}, x) for _ in range(2))
+    expect_equal(first.detach(), second.detach(), "the second call")
+    if first.requires_grad:
+        first.sum().backward()
+    for name, (version, value) in before.items():
+        t = everything[name]
+        expect(t._version == version, f"{name} was written to")
+        expect_equal(t.detach(), value, f"{name} after the call")
+    for name, t in constants.items():
+        expect(not t.requires_grad and t.grad is None, f"the constant {name} got a gradient")
+
+
+@law(dtypes=DTYPES)
+def identity_at_init(layer: Layer) -> None:
+    """The output at init is the base output, as closely as `card.at_init` says."""
+    out, base_out = layer(layer.init), layer.base(layer.x)
+    if layer.variant.card.at_init == "exact":
+        expect_equal(out, base_out, "the output at init against the base output")
+        return
+    error = rounding_at_init(layer.variant, out.dtype)
+    if layer.variant.card.at_init == "moved":
+        error = layer.moved + torch.finfo(out.dtype).eps
+    # The error is relative to x, which W then maps: by at most its norm.
+    scale = layer.x.norm().double() * layer.weight.matrix.double().norm() + base_out.double().norm()
+    expect_close(out, base_out, error, "the output at init against the base output", scale)
+
+
+@law(dtypes=DTYPES, applies=has_closed_form)
+def equals_the_merged_layer(layer: Layer) -> None:
+    """out = x W_effᵀ + b_eff, with W_eff from the closed form in float64."""
+    expected, scale = layer.reference()
+    tolerance = TOLERANCE[layer.x.dtype] * layer.condition
+    expect_close(layer(layer.trained), expected, tolerance, "out against the merged layer", scale)
+
+
+@law(leads=((3,),), applies=has_closed_form)
+def affine_in_x(layer: Layer) -> None:
+    """f(a u + c v) - f(0) = a (f(u) - f(0)) + c (f(v) - f(0)), and f(0) is the merged bias."""
+    u, v, zero = layer.x, layer.x.flip(0), torch.zeros_like(layer.x)
+    f = lambda x: layer(layer.trained, x)  # noqa: E731
+    _, b = layer.variant.merged(layer.weight, layer.trained)
+    bias = torch.zeros_like(f(zero)) if b is None else b.expand_as(f(zero))
+    expect_close(f(zero), bias, 1e-10, "f(0) against the merged bias", f(u))
+    combined = 0.7 * (f(u) - f(zero)) - 1.3 * (f(v) - f(zero))
+    expect_close(f(0.7 * u - 1.3 * v) - f(zero), combined, 1e-10, "f(0.7 u - 1.3 v)", f(u))
+
+
+@law(leads=((6,),))
+def rows_are_independent(layer: Layer) -> None:
+    """Reshaping, permuting and splitting the tokens commutes with the adapter."""
+    x, f = layer.x, lambda x: layer(layer.trained, x)
+    whole, order = f(x), torch.tensor([4, 0, 5, 2, 1, 3])
+    expect_close(f(x.reshape(2, 3, -1)).reshape(6, -1), whole, 1e-12, "reshaped tokens")
+    expect_close(f(x[order]), whole[order], 1e-12, "permuted tokens")
+    expect_close(torch.stack([f(row) for row in x]), whole, 1e-12, "tokens one by one")
+    expect(f(x[:0]).shape == (0, whole.shape[-1]), "no tokens give no output of that width")
+
+
+@law(dtypes=DTYPES)
+def shape_and_dtype(layer: Layer) -> None:
+    """Those of the base output, whatever the dtype of the parameters."""
+    base_out = layer.base(layer.x)
+    for kept_in in DTYPES:
+        leaves = {name: leaf.to(kept_in) for name, leaf in layer.leaves().items()}
+        out = layer.at(leaves)
+        expect(
+            (out.shape, out.dtype) == (base_out.shape, base_out.dtype),
+            f"parameters in {kept_in}: out is {out.dtype} of shape {tuple(out.shape)}, and the "
+            f"base output {base_out.dtype} of shape {tuple(base_out.shape)}",
+        )
+
+
+@law(dtypes=(torch.float32, torch.bfloat16))
+def two_steps_are_one_function(layer: Layer) -> None:
+    """`apply` of what `prepare` returned is `apply` of the parameters, to the bit.
+
+    Also if they were prepared for a wider dtype.
+    """
+    out, dtype = layer(layer.trained), layer.x.dtype
+    for wide in (dtype, torch.promote_types(dtype, torch.float32)):
+        prepared = Prepared(layer.variant.prepare(layer.weight, layer.trained, wide))
+        expect_equal(layer(prepared), out, f"prepared for {wide}")
+
+
+@law(leads=((), (4,), (2, 3)), trains=True)
+def vmap_is_the_loop(layer: Layer) -> None:
+    """torch.vmap over stacked parameters, and over the rows of x, is the loop."""
+    factors = torch.tensor([1.0, 1.1, 1.2], dtype=torch.float64)
+    copies = {n: torch.stack([leaf * f for f in factors]) for n, leaf in layer.leaves().items()}
+    loop = torch.stack([layer.at({n: leaf[k] for n, leaf in copies.items()}) for k in range(3)])
+    expect_close(torch.vmap(layer.at)(copies), loop, 1e-12, "vmap over parameters")
+    if layer.x.dim() > 1:
+        rows = torch.vmap(lambda row: layer(layer.trained, row))(layer.x)
+        expect_close(rows, layer(layer.trained), 1e-12, "vmap over the rows of x")
+
+
+@law(leads=((2,),), largest=6, applies=lambda variant: variant.exact_gradient)
+def gradients(layer: Layer) -> None:
+    """First and second derivatives in every leaf and in x are those of finite differences."""
+    inputs = [leaf.clone().requires_grad_() for leaf in layer.leaves().values()]
+
+    def f(x: Tensor, *leaves: Tensor) -> Tensor:
+        return layer({**layer.trained, **dict(zip(layer.names, leaves))}, x)
+
+    point = (layer.x.clone().requires_grad_(), *inputs)
+    try:
+        torch.autograd.gradcheck(f, point, check_forward_ad=True)
+        # Differences of differences lose half the digits twice.
+        torch.autograd.gradgradcheck(f, point, atol=1e-4)
+    except RuntimeError as error:
+        raise Broken(f"autograd against finite differences: {error}") from error
+
+
+@law(leads=((8,),), largest=24, trains=True)
+def alive_at_init(layer: Layer) -> None:
+    """Some leaf has a gradient at init, for a generic loss, and every gradient is finite."""
+    target = torch.linspace(-1, 1, layer.base(layer.x).numel(), dtype=torch.float64).sin()
+
+    def loss(leaves: dict[str, Tensor]) -> Tensor:
+        return (layer({**layer.init, **leaves}).flatten() * target).sum()
+
+    grads = torch.func.grad(loss)({name: layer.init[name] for name in layer.names})
+    sizes = {n: g.abs().max().item() if g.numel() else 0.0 for n, g in grads.items()}
+    expect(all(g.isfinite().all() for g in grads.values()), f"gradients not finite: {sizes}")
+    expect(max(sizes.values()) > 1e-8, f"no leaf has a gradient at init: {sizes}")
+
+
+@law(leads=((8,),), largest=24, trains=True)
+def every_leaf_matters(layer: Layer) -> None:
+    """Moving any one trainable leaf moves the output."""
+    out = layer(layer.trained)
+    for name, leaf in layer.leaves().items():
+        if leaf.numel():
+            step = torch.linspace(0.5, 1.5, leaf.numel(), dtype=torch.float64).cos()
+            change = (layer.at({name: leaf + 0.1 * step.reshape(leaf.shape)}) - out).abs().max()
+            size = out.abs().max().item()
+            expect(change > 1e-9 * size, f"moving {name} moves the output by {change:.3g}")
+
+
+@law()
+def leaves_are_those_of_the_card(layer: Layer) -> None:
+    """The trainable leaves have the names and shapes that `card.trainable` says."""
+    card = layer.variant.card
+    if not card.trainable:
+        return
+    # The rank may depend on data.
+    known = {"r_l": len(layer.init["A"])} if "A" in layer.names else {}
+    declared = card.shapes(layer.variant, layer.weight.shape, **known)
+    for name in layer.names:
+        expect(name in declared, f"the card does not declare {name}")
+        shape = tuple(layer.init[name].shape)
+        expect(shape == declared[name], f"{name} has shape {shape}, declared as {declared[name]}")
+
+
+@law()
+def reads_of_the_weight(layer: Layer) -> None:
+    """The variant reads no more of the weight than `card.reads` says."""
+    reads = layer.variant.card.reads
+
+    class Guarded(Weight):
+        open = reads != "nothing"
+
+        @property
+        def matrix(self) -> Tensor:  # pyright: ignore
+            expect(self.open, f"the dense weight was read, where the card says {reads!r}")
+            return layer.weight.matrix
+
+        @property
+        def bias(self) -> Tensor | None:  # pyright: ignore
+            return layer.weight.bias
+
+        @property
+        def shape(self) -> tuple[int, int]:
+            return layer.weight.shape
+
+        @property
+        def device(self) -> torch.device:
+            return layer.weight.device
+
+        def __call__(self, z: Tensor) -> Tensor:
+            expect(reads == "rows", f"rows went through the weight, where the card says {reads!r}")
+            return layer.weight(z)
+
+    weight = Guarded.__new__(Guarded)
+    layer.variant.init(weight, torch.Generator(), layer.stats)
+    weight.open = False
+    layer(layer.trained, weight=weight)
+
+
+@law()
+def draws_from_the_generator_alone(layer: Layer) -> None:
+    """One state of the generator gives one set of parameters; torch's own generator stays.
+
+    They are in float32, or in the wider dtype of the weight.
+    """
+    state = torch.get_rng_state()
+    first, second = (
+        layer.variant.init(layer.weight, torch.Generator().manual_seed(7), layer.stats)
+        for _ in range(2)
+    )
+    for name, leaf in first.trainable.items():
+        expect_equal(second.trainable[name], leaf, f"{name} drawn again from the same seed")
+    expect(torch.equal(torch.get_rng_state(), state), "init drew from torch's own generator")
+    allowed = (torch.float32, layer.weight.dense().dtype)
+    for name, leaf in {**first.trainable, **first.frozen}.items():
+        floating = leaf.is_floating_point()
+        expect(not floating or leaf.dtype in allowed, f"{name} is in {leaf.dtype}, not {allowed}")
+
+
+@law()
+def a_file_can_tell_its_leaves(layer: Layer) -> None:
+    """`like` returns the names and shapes that `init` does, without data and without values."""
+    drawn = layer.variant.init(layer.weight, torch.Generator().manual_seed(0), layer.stats)
+    leaves = {name: leaf.to("meta") for name, leaf in {**drawn.trainable, **drawn.frozen}.items()}
+    with torch.device("meta"):
+        known = layer.variant.like(Weight(torch.empty(layer.weight.shape)), leaves)
+    for kind in ("trainable", "frozen"):
+        given = {name: tuple(leaf.shape) for name, leaf in getattr(known, kind).items()}
+        expected = {name: tuple(leaf.shape) for name, leaf in getattr(drawn, kind).items()}
+        expect(given == expected, f"{kind} leaves: like says {given}, init {expected}")
+
+
+@law(dtypes=(torch.float32,), leads=((), (5,), (2, 3)))
+def autocast(layer: Layer) -> None:
+    """Under bfloat16 autocast, out has the dtype of the base output and bfloat16's accuracy."""
+    with torch.autocast("cpu", torch.bfloat16):
+        out, base_out = layer(layer.trained), layer.base(layer.x)
+    expect(out.dtype == base_out.dtype, f"out is {out.dtype}, the base output {base_out.dtype}")
+    if has_closed_form(layer.variant):
+        expected, scale = layer.reference()
+        tolerance = TOLERANCE[torch.bfloat16] * layer.condition
+        expect_close(out, expected, tolerance, "out under autocast", scale)
+
+
+@law(dtypes=(torch.float32,), leads=((5,),), largest=24)
+def file_round_trip(layer: Layer) -> None:
+    """Saved and loaded, an adapter has the same bits: parameters, constants and output."""
+    d_out, d_in = layer.weight.shape
+    linear = nn.Linear(d_in, d_out, layer.weight.bias is not None)
+    linear.weight.data.copy_(layer.weight.matrix)
+    if layer.weight.bias is not None:
+        linear.bias.data.copy_(layer.weight.bias)
+    model = nn.Sequential(linear)
+    everywhere, kind = Targets(roles=()), type(layer.variant)
+    stats = {"0": layer.stats} if looks_at_data(layer.variant) and layer.stats is not None else None
+    adapter, params = adapt(model, layer.variant, targets=everywhere, stats=stats)
+    for key, name in itertools.product(list(params), layer.names):
+        if key.rpartition("lora_")[2] == name and params[key].shape == layer.trained[name].shape:
+            params[key] = layer.trained[name].to(params[key])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter.safetensors"
+        save(path, adapter, params)
+        again, loaded = load(path, model, variants=[kind], check_base="error")
+    expect(again.variants == adapter.variants, f"{again.variants} came back")
+    for given, expected in ((loaded, params), (again.frozen, adapter.frozen)):
+        expect(given.keys() == expected.keys(), f"{list(given)} came back")
+        for key, leaf in expected.items():
+            expect_equal(given[key], leaf, key)
+    out = adapter(model, params, layer.x)
+    expect_equal(again(model, loaded, layer.x), out, "the output after loading")

@@ -1,0 +1,102 @@
+"""Families of variants that update the output by a low-rank product."""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice, check_positive, check_rank
+from ..linalg import at_least_float32, low_rank_difference, low_rank_update
+from ..variant import Params, Variant, Weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product(Variant):
+    """`out = base_out + s (x Aᵀ) Bᵀ`, with the A and B that `factors` makes of the parameters."""
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        return 1.0
+
+    def factors(self, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """`A [r, d_in]` and `B [d_out, r]`, in the dtype of the parameters."""
+        return params["A"], params["B"]
+
+    def prepare(self, weight, params, dtype):
+        A, B = self.factors(params)
+        return {"A": A.to(dtype), "B": B.to(dtype)}
+
+    def apply(self, x, base_out, weight, params):
+        p = self.prepared(weight, params, x.dtype)
+        return low_rank_update(base_out, x, p["A"], p["B"], self.scale)
+
+    def merged(self, weight, params):
+        # W + s B A
+        A, B = (at_least_float32(factor) for factor in self.factors(params))
+        return at_least_float32(weight.dense()) + self.scale * B @ A, weight.bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Product):
+    """A `Product` with LoRA's hyperparameters."""
+
+    r: int = 8  # rank, at least 1
+    alpha: float = 16.0  # scale of the update before the division by r, above 0
+    rslora: bool = False  # divide alpha by sqrt(r) instead of r
+
+    def __post_init__(self):
+        check_rank(self)
+        check_positive(self, "alpha")
+        check_choice(self, "rslora", (False, True))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchored(Product):
+    """`out = base_out + s x (BA - B0A0)ᵀ`: A and B start at the frozen anchors A0 and B0.
+
+    The difference is telescoped, s [(x Aᵀ)(B - B0)ᵀ + (x (A - A0)ᵀ) B0ᵀ]. At init each term has a
+    factor that is exactly zero, so the output is the base output to the bit and the base keeps
+    its weight. A subclass says what the anchors are. They belong in the file: the signs of
+    singular vectors differ between machines.
+    """
+
+    r: int = 8  # rank, from 1 to min(d_in, d_out)
+    alpha: float | None = None  # scale before the division by r, above 0; None: r, so that s = 1
+
+    def __post_init__(self):
+        check_rank(self)
+        if self.alpha is not None:
+            check_positive(self, "alpha")
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.r
+
+    @abc.abstractmethod
+    def anchors(
+        self, weight: Weight, generator: torch.Generator | None, stats: Any
+    ) -> tuple[Tensor, Tensor]:
+        """`A0 [r, d_in]` and `B0 [d_out, r]` for one layer."""
+
+    def init(self, weight, generator, stats=None):
+        A0, B0 = self.anchors(weight, generator, stats)
+        return Params({"A": A0.clone(), "B": B0.clone()}, frozen={"A0": A0, "B0": B0})
+
+    def like(self, weight, leaves):
+        d_out, d_in = weight.shape
+        A = torch.empty(self.r, d_in, dtype=torch.float32)
+        B = torch.empty(d_out, self.r, dtype=torch.float32)
+        return Params({"A": A, "B": B}, frozen={"A0": A, "B0": B})
+
+    def factors(self, params):
+        return low_rank_difference(params["A"], params["B"], params["A0"], params["B0"])

@@ -1,0 +1,133 @@
+"""The `Weight` of a layer, read from the layer at the moment of asking."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..libraries import accelerate, fsdp, torch_hooks, transformers
+from ..variant import Weight
+
+
+class LayerWeight(Weight):
+    """Of a layer with `weight [out_features, in_features]`: `nn.Linear` and layers built like it.
+
+    A new way of holding a matrix is a subclass, and a line in `table.KINDS`.
+    """
+
+    opaque = False  # whether torch.func transforms cannot pass the layer's own kernel
+
+    def __init__(self, layer: Any):
+        self.layer = layer  # Any: nn.Module types each attribute as a tensor or a module
+
+    @classmethod
+    def matches(cls, layer: Any) -> bool:
+        """Whether a layer holds its matrix in this way."""
+        return is_sized(layer)
+
+    def problem(self) -> str | None:
+        """Why the matrix cannot be read, as the rest of "'path' is a Linear ..", or None."""
+        stored = torch_hooks.stored_weight(self.layer)
+        if isinstance(stored, Tensor) and nn.parameter.is_lazy(stored):
+            return "without a weight yet: run the model once, then adapt it"
+        if isinstance(stored, Tensor) and stored.is_floating_point() and stored.dim() == 2:
+            return None if self.shape == self.features else self.misfit(stored)
+        return self.misfit(stored)
+
+    def misfit(self, stored: Any) -> str:
+        """The problem of a stored tensor that is not the expected matrix."""
+        given = "no weight"
+        if isinstance(stored, Tensor):
+            given = f"a weight of {stored.dtype} and shape {tuple(stored.shape)}"
+        return (
+            f"with {given}, where a floating one of shape {self.features} was expected; this way "
+            "of packing a weight is not supported. Leave it out, as in Targets(exclude=...)"
+        )
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """`(d_out, d_in)`, as the layer declares them."""
+        return self.layer.out_features, self.layer.in_features
+
+    @property
+    def matrix(self) -> Tensor:  # pyright: ignore  (an attribute of a plain Weight)
+        return whole(self.layer, "weight")
+
+    @property
+    def shape(self) -> tuple[int, int]:  # of the stored tensor: nothing is unpacked to know it
+        d_out, d_in = torch_hooks.stored_weight(self.layer).shape
+        return d_out, d_in
+
+    @property
+    def device(self) -> torch.device:
+        return accelerate.device_of(self.layer, torch_hooks.stored_weight(self.layer))
+
+    @property
+    def bias(self) -> Tensor | None:  # pyright: ignore
+        bias = getattr(self.layer, "bias", None)
+        return None if bias is None else whole(self.layer, "bias")
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """The dtype that the layer's input has, if the layer takes only one."""
+        return torch_hooks.stored_weight(self.layer).dtype
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether reading the matrix moves nothing between devices or ranks."""
+        stored = torch_hooks.stored_weight(self.layer)
+        return not fsdp.is_sharded(stored) and accelerate.offloading(self.layer) is None
+
+    @property
+    def inference_only(self) -> bool:
+        """Whether the layer's own kernel has lost its derivative."""
+        return False
+
+    def as_stored(self, W: Tensor) -> Tensor:
+        """`W [d_out, d_in]` in the layout of the layer's own weight."""
+        return W
+
+
+class TransposedWeight(LayerWeight):
+    """Of a layer that holds `[in, out]` and computes `x @ weight`."""
+
+    @property
+    def matrix(self) -> Tensor:
+        return whole(self.layer, "weight").mT
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        d_in, d_out = torch_hooks.stored_weight(self.layer).shape
+        return d_out, d_in
+
+    def as_stored(self, W: Tensor) -> Tensor:
+        return W.mT
+
+
+class Conv1DWeight(TransposedWeight):
+    """Of transformers' `Conv1D`, GPT-2's linear layer."""
+
+    @classmethod
+    def matches(cls, layer: Any) -> bool:
+        return transformers.is_conv1d(layer)
+
+    @property
+    def features(self) -> tuple[int, int]:
+        return self.layer.nf, self.layer.nx
+
+
+def is_sized(layer: Any) -> bool:
+    """Whether a layer declares the sizes of a linear map."""
+    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return all(isinstance(size, int) for size in sizes)
+
+
+def whole(module: Any, name: str) -> Tensor:
+    """The tensor `name` of a module as its forward will see it, offloaded or sharded or computed.
+
+    All ranks read a sharded one together.
+    """
+    tensor = torch_hooks.stored_weight(module) if name == "weight" else getattr(module, name)
+    return fsdp.gathered(accelerate.onloaded(module, name, tensor))

@@ -1,0 +1,168 @@
+"""The table of ways in which a layer can hold its matrix, and what is asked of it."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LoraFuncError
+from ..libraries import torch_hooks
+from ..libraries.functorch import in_transform
+from ..variant import Weight
+from .bitsandbytes import Float8bitWeight, Packed4bitWeight, Packed8bitWeight
+from .dequantized import DequantizedWeight, DequantizingLayer
+from .layer import Conv1DWeight, LayerWeight, TransposedWeight
+
+KINDS: tuple[type[LayerWeight], ...] = (
+    Packed4bitWeight,
+    Packed8bitWeight,
+    Float8bitWeight,
+    DequantizedWeight,
+    DequantizingLayer,
+    Conv1DWeight,
+    LayerWeight,
+)
+"""The first that matches reads a layer."""
+
+
+def kind_of(module: Any) -> type[LayerWeight] | None:
+    """The way in which a module holds a matrix, or None if it is no linear layer."""
+    if type(module) is nn.Linear and type(module._parameters.get("weight")) is nn.Parameter:
+        return LayerWeight
+    return next((kind for kind in KINDS if kind.matches(module)), None)
+
+
+def features(module: Any) -> tuple[int, int]:
+    """`(d_out, d_in)` of a linear layer, as it declares them."""
+    return weight_of(module).features
+
+
+def weight_of(layer: Any, transposed: bool = False) -> LayerWeight:
+    """The `Weight` of a linear layer. `transposed`: what `read` found for a layer of another class.
+
+    Raises LoraFuncError for another module.
+    """
+    kind = kind_of(layer)
+    if kind is None:
+        raise LoraFuncError(
+            f"{type(layer).__name__} is not a linear layer: it needs in_features, out_features and "
+            "a weight"
+        )
+    return TransposedWeight(layer) if transposed else kind(layer)
+
+
+def read(path: str, layer: Any) -> LayerWeight:
+    """The `Weight` of the layer at `path`, checked. The one way into this room for new adapters.
+
+    Raises LoraFuncError, naming the layer and its class, if its matrix cannot be read.
+    """
+    weight, kind = weight_of(layer), type(layer).__name__
+    if type(weight) is LayerWeight and holds_transpose(path, layer):
+        weight = TransposedWeight(layer)
+    if problem := weight.problem():
+        raise LoraFuncError(f"{path!r} is a {kind} {problem}")
+    return weight
+
+
+def holds_transpose(path: str, layer: Any) -> bool:
+    """Whether a layer with a forward of its own holds `[in, out]` and computes `x @ weight`.
+
+    The shapes tell. For a square weight, a row is run through the layer.
+    """
+    stored = torch_hooks.stored_weight(layer)
+    if type(layer).forward is nn.Linear.forward or not isinstance(stored, Tensor):
+        return False
+    if nn.parameter.is_lazy(stored) or not stored.is_floating_point() or stored.dim() != 2:
+        return False
+    d_out, d_in = LayerWeight(layer).features
+    if d_out != d_in or stored.is_meta:
+        return d_out != d_in and tuple(stored.shape) == (d_in, d_out)
+    still = torch_hooks.stilled(layer)
+    x = torch.randn(1, d_in, generator=torch.Generator().manual_seed(0)).to(stored)
+    try:
+        with torch.no_grad():
+            weight = LayerWeight(still)
+            y = type(layer).forward(still, x)
+            y = y if weight.bias is None else y - weight.bias
+            upright, transposed = (x @ weight.matrix.mT - y).norm(), (x @ weight.matrix - y).norm()
+    except Exception as error:  # whatever the layer raises for a plain row
+        raise LoraFuncError(
+            f"{path!r} is a {type(layer).__name__} with a square weight, and whether it computes "
+            f"x Wᵀ or x W cannot be told: a row of {d_in} numbers raises "
+            f"{type(error).__name__}: {error}. Leave it out, as in Targets(exclude=...)"
+        ) from error
+    return bool(transposed < upright)
+
+
+class Snapshot(Weight):
+    """A `Weight` whose dense matrix is read at most once, for the init of one layer."""
+
+    def __init__(self, weight: Weight):
+        self.weight = weight
+        self.read: Tensor | None = None
+
+    @property
+    def matrix(self) -> Tensor:  # pyright: ignore  (an attribute of a plain Weight)
+        if self.read is None:
+            self.read = self.weight.dense().detach()
+        return self.read
+
+    @property
+    def bias(self) -> Tensor | None:  # pyright: ignore
+        return self.weight.bias
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+
+def fingerprint(weight: Weight, samples: int = 64) -> str | None:
+    """A short hash of entries spread over the matrix; None on the device "meta".
+
+    A file knows by it the base that it was made on. The entries are rounded to bfloat16: one
+    checkpoint has one fingerprint, loaded in bfloat16 or in float32. A packed weight is
+    dequantized, and has another fingerprint than the matrix that it was made from.
+    """
+    if weight.device.type == "meta":
+        return None
+    matrix = weight.dense().detach()
+    rows, cols = matrix.shape
+    steps = torch.arange(samples, device=matrix.device)
+    index = steps * (rows * cols - 1) // (samples - 1)
+    entries = matrix[index // cols, index % cols].to(torch.bfloat16).float().cpu().tolist()
+    return hashlib.sha256(repr((rows, cols, entries)).encode()).hexdigest()[:16]
+
+
+def class_in_view(module: nn.Module) -> type[nn.Module]:
+    """The class of a module's copy in a view: for a packed layer, one that transforms can pass."""
+    weight = module._parameters.get("weight")
+    if type(weight) is nn.Parameter or (weight is None and "in_features" not in module.__dict__):
+        return type(module)  # the cheap answer first: every module is asked at every call
+    kind = kind_of(module)
+    return passable(type(module)) if kind is not None and kind.opaque else type(module)
+
+
+PASSABLE: dict[type[nn.Module], type[nn.Module]] = {}  # functools.cache would warn under dynamo
+
+
+def passable(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a packed layer: it runs the layer's kernel, but its Weight in transforms."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        wants_grad = x.requires_grad and torch.is_grad_enabled()
+        if in_transform() or (wants_grad and weight_of(self).inference_only):
+            weight = weight_of(self)
+            out = weight(x)
+            return out if weight.bias is None else out + weight.bias.to(out.dtype)
+        return kind.forward(self, x, *args, **kwargs)
+
+    if kind not in PASSABLE:
+        PASSABLE[kind] = type(kind.__name__, (kind,), {"forward": forward})
+    return PASSABLE[kind]
