@@ -88,6 +88,11 @@ def up_to(limit: Callable[[int, int], int], smallest: int = 1, step: int = 1) ->
     return ranks
 
 
+def divisors(d_out: int, d_in: int) -> st.SearchStrategy[int]:
+    """Sizes of blocks of the inputs, in the place of a rank."""
+    return st.sampled_from([b for b in range(2, 13) if d_in % b == 0] or [d_in])
+
+
 fitting = up_to(min)
 from_two = up_to(min, smallest=2)
 none: Ranks = lambda d_out, d_in: None  # noqa: E731
@@ -165,6 +170,32 @@ CASES = {
         lf.HRA,
         up_to(lambda o, i: 12, smallest=2, step=2),
         peft=Peft({"U": ("hra_u.default", lambda U: U.mT)}),
+    ),
+    "oft": Case(
+        lambda r: lf.OFT(block_size=r),
+        divisors,
+        smallest=2,
+        peft=Peft(
+            {"v": ("oft_R.default.weight", lambda v: -v)},  # the inverse rotation
+            {"oft_block_size": 4, "use_cayley_neumann": False},
+        ),
+    ),
+    "oft-neumann": Case(
+        lambda r: lf.OFT(block_size=r, terms=5),
+        divisors,
+        smallest=2,
+        peft=Peft({"v": ("oft_R.default.weight", same)}, {"oft_block_size": 4}),
+        **second,
+    ),
+    "oft-shared": Case(
+        lambda r: lf.OFT(block_size=r, share=True),
+        divisors,
+        smallest=2,
+        peft=Peft(
+            {"v": ("oft_R.default.weight", lambda v: -v)},
+            {"oft_block_size": 4, "block_share": True, "use_cayley_neumann": False},
+        ),
+        **second,
     ),
     "ssvd": Case(lf.SSVD, from_two, smallest=2),
     "ssvd-approximate": Case(

@@ -14,6 +14,7 @@ from .delora import DeLoRA as DeLoRA
 from .ia3 import IA3 as IA3
 from .ia3ff import IA3FF as IA3FF
 from .hra import HRA as HRA
+from .oft import OFT as OFT
 from .ssvd import SSVD as SSVD
 from .antipasto import AntiPaSTO as AntiPaSTO
 from .antipastorotation import AntiPaSTORotation as AntiPaSTORotation
