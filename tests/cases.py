@@ -93,6 +93,11 @@ def divisors(d_out: int, d_in: int) -> st.SearchStrategy[int]:
     return st.sampled_from([b for b in range(2, 13) if d_in % b == 0] or [d_in])
 
 
+def even_groups(d_out: int, d_in: int) -> st.SearchStrategy[int]:
+    """Sizes of groups of the outputs."""
+    return st.sampled_from([g for g in range(2, 13, 2) if d_out % g == 0])
+
+
 fitting = up_to(min)
 from_two = up_to(min, smallest=2)
 none: Ranks = lambda d_out, d_in: None  # noqa: E731
@@ -114,6 +119,10 @@ def arrow(r: int, **fields: Any) -> lf.AntiPaSTOArrow:
     return lf.AntiPaSTOArrow(r=r, block=r // 2, **fields)
 
 
+ROAD = {
+    "theta": ("road_theta.default", same),
+    "a": ("road_alpha.default", lambda a: 1 + a),
+}
 A_B = {"A": ("lora_A.default.weight", same), "B": ("lora_B.default.weight", same)}
 ANCHORS = {"A0": "lora_A.default.weight", "B0": "lora_B.default.weight"}
 second: dict[str, Any] = {"engine": False}  # another form of a variant that the engine has seen
@@ -195,6 +204,32 @@ CASES = {
             {"v": ("oft_R.default.weight", lambda v: -v)},
             {"oft_block_size": 4, "block_share": True, "use_cayley_neumann": False},
         ),
+        **second,
+    ),
+    "road": Case(
+        lambda r: lf.ROAD(group_size=r),
+        even_groups,
+        smallest=2,
+        multiple=2,
+        activations=1,  # base_out, for the gradient of its angles
+        peft=Peft(ROAD, {"group_size": 4}),
+    ),
+    "road-2": Case(
+        lambda r: lf.ROAD(kind="road_2", group_size=r),
+        even_groups,
+        smallest=2,
+        multiple=2,
+        activations=1,
+        peft=Peft(ROAD, {"group_size": 4, "variant": "road_2"}),
+        **second,
+    ),
+    "road-4": Case(
+        lambda r: lf.ROAD(kind="road_4", group_size=r),
+        even_groups,
+        smallest=2,
+        multiple=2,
+        activations=1,
+        peft=Peft(ROAD, {"group_size": 4, "variant": "road_4"}),
         **second,
     ),
     "ssvd": Case(lf.SSVD, from_two, smallest=2),

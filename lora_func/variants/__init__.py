@@ -15,6 +15,7 @@ from .ia3 import IA3 as IA3
 from .ia3ff import IA3FF as IA3FF
 from .hra import HRA as HRA
 from .oft import OFT as OFT
+from .road import ROAD as ROAD
 from .ssvd import SSVD as SSVD
 from .antipasto import AntiPaSTO as AntiPaSTO
 from .antipastorotation import AntiPaSTORotation as AntiPaSTORotation
