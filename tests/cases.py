@@ -171,6 +171,14 @@ CASES = {
         ),
     ),
     "delora-paper": Case(lambda r: lf.DeLoRA(r=r, lambda0=2.0, start="paper")),
+    "vera": Case(
+        lf.VeRA,
+        activations=1,  # B h, for the gradient of lb
+        peft=Peft(
+            {"lb": ("vera_lambda_b.default", same), "ld": ("vera_lambda_d.default", same)},
+            shared={"A": "vera_A.default", "B": "vera_B.default"},
+        ),
+    ),
     "ia3": Case(
         lf.IA3, none, activations=1, peft=Peft({"d": ("ia3_l.default", lambda d: (1 + d)[:, None])})
     ),

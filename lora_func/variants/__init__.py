@@ -11,6 +11,7 @@ from .loraga import LoRAGA as LoRAGA
 from .eva import EVA as EVA
 from .dora import DoRA as DoRA
 from .delora import DeLoRA as DeLoRA
+from .vera import VeRA as VeRA
 from .ia3 import IA3 as IA3
 from .ia3ff import IA3FF as IA3FF
 from .hra import HRA as HRA

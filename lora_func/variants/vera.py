@@ -1,0 +1,87 @@
+"""VeRA: vectors that scale random matrices shared by all layers. Kopiczko et al. 2023,
+arXiv 2310.11454.
+
+    out = base_out + lb ∘ ( (ld ∘ (x A[:, :d_in]ᵀ)) B[:d_out]ᵀ )
+
+A [r, largest d_in] and B [largest d_out, r] are random constants, one pair for all layers; each
+layer slices what it needs. Kaiming-uniform with gain sqrt(2), U(±sqrt(6 / columns)), as in PEFT.
+Trained are ld [r], from d_initial, and lb [d_out], from zero: the output at init is the base output
+to the bit, and only lb has a gradient there. Nothing of the weight is read. The shapes of A and B
+depend on which layers are adapted, so a seed alone does not give them back: the file stores them.
+PEFT has no alpha, nor has this file. r = 256 and d_initial = 0.1 are PEFT's defaults.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..card import Card, Peft
+from ..checks import check_number, check_rank
+from ..errors import LoraFuncError
+from ..linalg import at_least_float32, uniform
+from ..variant import Params, Variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRA(Variant):
+    """Vector-based random matrix adaptation, Kopiczko et al. 2023 (arXiv 2310.11454).
+
+    Trainable: lb [d_out], ld [r].
+    """
+
+    card = Card(
+        title="Scaled random matrices, shared by all layers",
+        authors="Kopiczko et al. 2023",
+        source="2310.11454",
+        formula="base_out + lb ((ld (x Aᵀ)) Bᵀ)",
+        trainable={"lb": "d_out", "ld": "r"},
+        reads="nothing",
+        lr=3e-2,
+        width=8,
+        peft=Peft("VeraConfig"),
+        beside_peft="the same function; PEFT draws A and B from a key of its own",
+    )
+
+    r: int = 256  # rows of A and columns of B, at least 1
+    d_initial: float = 0.1  # where ld starts, any number but 0
+
+    def __post_init__(self):
+        check_rank(self)
+        check_number(self, "d_initial")
+        if not self.d_initial:
+            raise LoraFuncError(
+                "VeRA(d_initial=0.0): d_initial must not be 0, or nothing could learn"
+            )
+
+    def init(self, weight, generator, stats=None):
+        ld = torch.full((self.r,), float(self.d_initial), dtype=torch.float32)
+        return Params({"lb": torch.zeros(weight.shape[0], dtype=torch.float32), "ld": ld})
+
+    def init_shared(self, weights, generator):
+        d_out, d_in = (max(weight.shape[axis] for weight in weights) for axis in (0, 1))
+        A = uniform((self.r, d_in), math.sqrt(6 / d_in), generator)
+        B = uniform((d_out, self.r), math.sqrt(6 / self.r), generator)
+        return Params({}, frozen={"A": A, "B": B})
+
+    def prepare(self, weight, params, dtype):
+        d_out, d_in = weight.shape
+        own = {"A": params["A"][:, :d_in], "B": params["B"][:d_out]}
+        own |= {name: params[name] for name in ("lb", "ld")}
+        return {name: t.to(dtype) for name, t in own.items()}
+
+    def apply(self, x, base_out, weight, params):
+        p = self.prepared(weight, params, x.dtype)
+        h = F.linear(x, p["A"].to(x.dtype))  # [.., r]
+        h = h * p["ld"].to(h.dtype)
+        delta = F.linear(h, p["B"].to(h.dtype))
+        return base_out + (delta * p["lb"].to(delta.dtype)).to(base_out.dtype)
+
+    def merged(self, weight, params):
+        # W + diag(lb) B diag(ld) A
+        W = at_least_float32(weight.dense())
+        p = self.prepare(weight, params, W.dtype)
+        return W + (p["lb"][:, None] * p["B"]) @ (p["ld"][:, None] * p["A"]), weight.bias
