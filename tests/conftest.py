@@ -1,37 +1,46 @@
-"""Hypothesis profiles, one thread per worker, and data that lies outside of the project."""
+"""Hypothesis profiles, one thread per worker, and what lies outside of this folder."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from effort import EXAMPLES, SUMMARY
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.append(str(Path(__file__).parents[1] / "bench"))  # for tests of its modules
 
 slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
-settings.register_profile("ci", max_examples=20, derandomize=True, **slow)
-settings.register_profile("soak", max_examples=500, **slow)
+settings.register_profile("ci", max_examples=EXAMPLES, derandomize=True, **slow)
+# New examples in each run, but on CI those of the commit: it must not fail another one's.
+settings.register_profile("soak", max_examples=EXAMPLES, derandomize="CI" in os.environ, **slow)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_report_header() -> str:
+    """How far this run goes."""
+    return f"effort: {SUMMARY}"
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Workers run side by side; more threads than cores only slow each other down."""
+    """Workers run side by side. More threads than cores slow each other down."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def seed():
-    """Tests that draw without a generator draw the same each time, whatever ran before them."""
+    """A test that draws without a generator draws the same in every run."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def gsm8k() -> Path:
-    """The GSM8K question/answer files, which lie beside the project and are no part of it."""
+    """The folder with GSM8K's questions and answers, beside the project and no part of it."""
     folder = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
     if not (folder / "train.jsonl").is_file():
         # A lone checkout has none: the data is not ours to copy. Other tests read lines of our own.

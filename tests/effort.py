@@ -3,6 +3,11 @@
 import os
 
 SOAK = os.environ.get("HYPOTHESIS_PROFILE") == "soak"
+EXAMPLES = 100 if SOAK else 20  # that hypothesis draws: layers for each case of a law
 MUTATED_FILES = 20_000 if SOAK else 800
 KILLS = 200 if SOAK else 20
 SECONDS_OF_THREADS = 60.0 if SOAK else 1.5
+SUMMARY = (
+    f"{EXAMPLES} examples, {MUTATED_FILES} mutated files, {KILLS} kills, "
+    f"{SECONDS_OF_THREADS:g} seconds of threads"
+)
