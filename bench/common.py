@@ -1,4 +1,4 @@
-"""What all measurements share: where they ran, and how contenders are timed side by side."""
+"""Shared by all measurements: the record of where they ran, and fair timing side by side."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def where() -> dict[str, str]:
-    """Device, versions and commit, to stand in every result file."""
+    """Device, versions and commit, for every file of results."""
     packages = ("torch", "transformers", "peft", "bitsandbytes")
     found = {name: version for name in packages if (version := version_of(name))}
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {os.cpu_count()} cores"
-    )
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"CPU, {os.cpu_count()} cores"
     return {"device": device, "commit": commit(), "python": platform.python_version(), **found}
 
 
 def version_of(package: str) -> str | None:
+    """None if the package is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -41,7 +41,7 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> str:
-    """Of the working tree; a machine that has only a copy of it is told by LORA_FUNC_COMMIT."""
+    """The commit of the working tree, or LORA_FUNC_COMMIT on a machine without the history."""
     if given := os.environ.get("LORA_FUNC_COMMIT"):
         return given
     run = subprocess.run(
@@ -51,20 +51,22 @@ def commit() -> str:
 
 
 def write(name: str, rows: Any, **about: Any) -> Path:
-    """`bench/results/<name>-<cpu or the GPU>.json`, or in the folder OUT where that is set."""
+    """Writes `<name>-<cpu or the GPU>.json` into the folder OUT, by default bench/results."""
     kind = torch.cuda.get_device_name().split()[1].lower() if torch.cuda.is_available() else "cpu"
     folder = Path(os.environ.get("OUT", RESULTS))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{kind}.json"
-    path.write_text(
-        json.dumps({"where": where(), **about, "rows": rows}, indent=1) + "\n", encoding="utf-8"
-    )
+    text = json.dumps({"where": where(), **about, "rows": rows}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
     print(f"wrote {path}")
     return path
 
 
-def qwen3(layers: int, device: str, dtype: torch.dtype, **changes: Any) -> Qwen3ForCausalLM:
-    """A randomly initialised model of the shape of Qwen3-0.6B, frozen, with fewer layers where asked."""
+def qwen3(layers: int, device: str, dtype: torch.dtype, **changes: Any) -> Any:
+    """A frozen Qwen3ForCausalLM with random weights, in the shape of Qwen3-0.6B.
+
+    `layers` is their number, and `changes` are other fields of the config.
+    """
     sizes = {
         "vocab_size": 151936,
         "hidden_size": 1024,
@@ -76,10 +78,12 @@ def qwen3(layers: int, device: str, dtype: torch.dtype, **changes: Any) -> Qwen3
     config = Qwen3Config(num_hidden_layers=layers, tie_word_embeddings=True, **{**sizes, **changes})
     torch.manual_seed(0)
     with torch.device(device):
-        return Qwen3ForCausalLM(config).to(dtype).eval().requires_grad_(False)
+        model: nn.Module = Qwen3ForCausalLM(config)
+    return nn.Module.to(model, dtype).eval().requires_grad_(False)
 
 
 def synchronize() -> None:
+    """Waits for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -87,7 +91,10 @@ def synchronize() -> None:
 def interleaved(
     contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, one after the other in every round, so that a busy machine is fair to all."""
+    """Seconds of each contender in each round.
+
+    Every round runs all of them, one after the other, so that a busy machine is fair to all.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warmup + rounds):
         for name, run in contenders.items():
@@ -106,7 +113,11 @@ def ratio(times: Mapping[str, list[float]], of: str, to: str) -> float:
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """CUDA: the peak beyond what was allocated before. CPU: the bytes that autograd saves, each storage once."""
+    """The bytes that a step takes.
+
+    On CUDA: the peak beyond the memory allocated before. On the CPU: the bytes that autograd saves
+    for backward, each storage once.
+    """
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()

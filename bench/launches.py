@@ -1,7 +1,8 @@
-"""A whole training step (forward, backward, AdamW) in eager mode, compiled, and as one CUDA graph. Needs a GPU.
+"""A training step (forward, backward, AdamW) in eager mode, compiled, and as one CUDA graph.
 
-Eager PyTorch on a fast GPU waits for the CPU to launch kernels, and an adapter adds a dozen per layer. The adapted forward is
-a pure function, so the step can be compiled or captured as it stands. `python bench/launches.py --help`
+Eager PyTorch on a fast GPU waits for the CPU to launch kernels, and an adapter adds a dozen per
+layer. The adapted forward is a pure function, so the step can be compiled or captured as it
+stands. Needs a GPU. `python bench/launches.py --help`
 """
 
 from __future__ import annotations
@@ -19,19 +20,18 @@ import lora_func as lf
 
 
 def measure(names: list[str], compiled: bool, options: argparse.Namespace) -> dict[str, Any]:
+    """One row: the step with LoRA on the layers of these names."""
     model = qwen3(options.layers, "cuda", torch.bfloat16)
     targets = lf.Targets(names=tuple(rf"\.{name}$" for name in names), roles=())
     adapter, params = lf.adapt(model, lf.LoRA(r=options.r), targets=targets)
     ids = torch.randint(1000, (options.batch, options.tokens), device="cuda")
 
     def loss(p: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-        logits = adapter(
-            model, p, {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
-        ).logits
-        return logits.float().square().mean()
+        batch = {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
+        return adapter(model, p, batch).logits.float().square().mean()
 
     def trainer(gradients):
-        leaves = {key: leaf.clone().requires_grad_() for key, leaf in params.items()}
+        leaves = {key: leaf.detach().clone().requires_grad_() for key, leaf in params.items()}
         optimizer = torch.optim.AdamW(leaves.values(), lr=1e-4, fused=True, capturable=True)
 
         def step() -> None:
@@ -69,13 +69,10 @@ def measure(names: list[str], compiled: bool, options: argparse.Namespace) -> di
     if compiled:
         start = time.perf_counter()
         compiled_grad = torch.compile(torch.func.grad(loss), fullgraph=True)
-        with torch.no_grad():
-            contenders["compiled"] = trainer(
-                lambda leaves: list(compiled_grad(dict(leaves), ids).values())
-            )
-            contenders["compiled"]()
+        step = torch.no_grad()(trainer(lambda leaves: compiled_grad(dict(leaves), ids).values()))
+        step()
         seconds["compiled"] = time.perf_counter() - start
-        contenders["compiled"] = torch.no_grad()(contenders["compiled"])
+        contenders["compiled"] = step
 
     times = interleaved(contenders, options.rounds, warmup=3)
     return {
@@ -94,25 +91,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--r", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument(
-        "--compile",
-        nargs="*",
-        default=["q_v"],
-        choices=["q_v", "all"],
-        help="which targets to compile, too",
-    )
+    choices: dict[str, Any] = {"default": ["q_v"], "choices": ["q_v", "all"]}
+    parser.add_argument("--compile", nargs="*", **choices, help="targets to compile, too")
     options = parser.parse_args()
     rows = []
     for which, names in {"q_v": Q_V, "all": LINEAR}.items():
         rows.append(measure(names, which in options.compile, options))
-        row = rows[-1]
-        print(
-            row["targets"],
-            row["milliseconds"],
-            row["over base"],
-            row["seconds to prepare"],
-            flush=True,
-        )
+        shown = ("targets", "milliseconds", "over base", "seconds to prepare")
+        print(*(rows[-1][column] for column in shown), flush=True)
     write("launches", rows, settings=vars(options))
 
 

@@ -1,7 +1,8 @@
-"""What a variant costs: the time and memory of a training step, over the frozen base and beside PEFT's same method.
+"""The time and memory of a training step, over the frozen base and beside PEFT's same method.
 
-A step is a forward and a backward to the input embeddings (the base's whole work), and to the adapter where there is one.
-All contenders of a variant run interleaved in one process. `python bench/overhead.py --help`
+A step is a forward and a backward to the input embeddings (the base's whole work), and to the
+adapter if there is one. All contenders of a variant run interleaved in one process.
+`python bench/overhead.py --help`
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ import lora_func as lf
 
 Q_V = ["q_proj", "v_proj"]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LAYERS = "of the Qwen3-0.6B shape"
 
 
 def contenders(r: int) -> dict[str, tuple[lf.Variant, peft.PeftConfig, list[str]]]:
     """name -> (variant, PEFT's config of the same method, names of the targets)."""
+    pissa: Any = "pissa_niter_4"  # a number in the place that PEFT's annotation leaves open
     return {
         "lora": (lf.LoRA(r=r), peft.LoraConfig(r=r, target_modules=Q_V), Q_V),
         "lora, all linear": (lf.LoRA(r=r), peft.LoraConfig(r=r, target_modules=LINEAR), LINEAR),
         "pissa": (
             lf.PiSSA(r=r),
-            peft.LoraConfig(r=r, init_lora_weights="pissa_niter_4", target_modules=Q_V),
+            peft.LoraConfig(r=r, init_lora_weights=pissa, target_modules=Q_V),
             Q_V,
         ),
         "dora": (lf.DoRA(r=r), peft.LoraConfig(r=r, use_dora=True, target_modules=Q_V), Q_V),
@@ -43,6 +46,7 @@ def contenders(r: int) -> dict[str, tuple[lf.Variant, peft.PeftConfig, list[str]
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One row of the table."""
     variant, config, names = contenders(options.r)[name]
     dtype = getattr(torch, options.dtype)
     model = qwen3(options.layers, options.device, dtype)
@@ -50,9 +54,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     adapter, params = lf.adapt(model, variant, targets=targets)
     leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
     theirs = peft.get_peft_model(qwen3(options.layers, options.device, dtype), config)
-    embeds = (
-        torch.randn(options.batch, options.tokens, 1024, device=options.device, dtype=dtype) * 0.02
-    )
+    size = (options.batch, options.tokens, 1024)
+    embeds = 0.02 * torch.randn(size, device=options.device, dtype=dtype)
     batch = {"inputs_embeds": embeds.requires_grad_(), "use_cache": False, "logits_to_keep": 1}
 
     def step(call) -> None:
@@ -84,14 +87,10 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--variants", nargs="*", default=list(contenders(8)), help="which to measure (default: all)"
-    )
+    parser.add_argument("--variants", nargs="*", default=list(contenders(8)), help="default: all")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
-    parser.add_argument(
-        "--layers", type=int, default=28 if cuda else 4, help="of the Qwen3-0.6B shape"
-    )
+    parser.add_argument("--layers", type=int, default=28 if cuda else 4, help=LAYERS)
     parser.add_argument("--batch", type=int, default=4 if cuda else 2)
     parser.add_argument("--tokens", type=int, default=512 if cuda else 128)
     parser.add_argument("--r", type=int, default=32)
@@ -101,10 +100,11 @@ def main() -> None:
     for name in options.variants:
         rows.append(measure(name, options))
         row = rows[-1]
+        over_base = ", ".join(f"{who} {x:.2f}" for who, x in row["time over base"].items())
+        memory = ", ".join(f"{who} {size:.0f}" for who, size in row["mebibytes"].items())
         print(
-            f"{name:18s} over the base: ours {row['time over base']['ours']:.2f}, peft {row['time over base']['peft']:.2f};  "
-            f"ours over peft {row['time over peft']:.2f};  MiB: "
-            + ", ".join(f"{who} {size:.0f}" for who, size in row["mebibytes"].items()),
+            f"{name:18s} over the base: {over_base};  "
+            f"ours over peft {row['time over peft']:.2f};  MiB: {memory}",
             flush=True,
         )
     write("overhead", rows, settings=vars(options))

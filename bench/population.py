@@ -1,15 +1,16 @@
 """K adapters in one pass of the base: time and memory of a training step, beside other ways.
 
-A step is forward, cross-entropy of every example and backward to all K adapters, each with its own examples:
+A step is a forward, the cross-entropy of every example, and a backward to all K adapters. Each
+adapter has its own examples.
 
-    base         the frozen base on the same batch, backward to the input embeddings: what no method can undercut
+    base         the frozen base on the same batch, backward to the input embeddings: a lower bound
     population   the K adapters as one stacked dict, whose leaves are trained: one pass for all
-    stacked      K dicts of leaves, stacked in the loop, as K parameter groups of an optimizer need it
+    stacked      K dicts of leaves, one for each parameter group of an optimizer, stacked each step
     vmap(grad)   torch.func over the whole model
     one by one   the adapters, one after the other
-    peft         PEFT, one adapter after the other (one LoRA of PEFT, K times: setting another active would only add to it)
+    peft         one LoRA of PEFT, K times; switching between adapters would only add to it
 
-The ways run interleaved in one process; on CUDA, those that take K passes run once for K > 4.
+The ways run interleaved in one process. On CUDA, those that take K passes run once for K > 4.
 `python bench/population.py --help`
 """
 
@@ -25,7 +26,7 @@ import peft
 import torch
 import torch.nn.functional as F
 from common import interleaved, peak_bytes, qwen3, ratio, synchronize, write
-from overhead import Q_V
+from overhead import LAYERS, Q_V
 from torch import Tensor
 
 import lora_func as lf
@@ -34,6 +35,7 @@ TARGETS = lf.Targets(names=tuple(rf"\.{name}$" for name in Q_V), roles=())
 
 
 def loss_per_example(logits: Tensor, ids: Tensor) -> Tensor:
+    """Mean cross-entropy of each sequence, `[n]`."""
     return F.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none").mean(1)
 
 
@@ -53,6 +55,10 @@ class Setting:
             {key: leaf.requires_grad_() for key, leaf in params.items()} for params in self.adapters
         ]
 
+    def selected(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each example's adapter; an adapter with one example needs no selection."""
+        return params if self.examples == 1 else lf.select(params, self.owner)
+
     def clear(self) -> None:
         for params in (self.stacked, *self.leaves):
             for leaf in params.values():
@@ -68,14 +74,11 @@ class Setting:
         torch.autograd.grad(loss_per_example(logits, self.ids).sum(), embeds)
 
     def population(self) -> None:
-        self.step(
-            self.stacked if self.examples == 1 else lf.select(self.stacked, self.owner), self.ids
-        )
+        self.step(self.selected(self.stacked), self.ids)
         self.clear()
 
     def stack(self) -> None:
-        stacked = lf.stack(self.leaves)
-        self.step(stacked if self.examples == 1 else lf.select(stacked, self.owner), self.ids)
+        self.step(self.selected(lf.stack(self.leaves)), self.ids)
         self.clear()
 
     def one_by_one(self) -> None:
@@ -95,6 +98,7 @@ class Setting:
 def measure_ways(
     K: int, examples: int, options: argparse.Namespace, model, theirs
 ) -> dict[str, Any]:
+    """One row: every way to train K LoRAs."""
     s = Setting(model, lf.LoRA(r=options.r), K, examples, options)
 
     def peft_one_by_one() -> None:
@@ -114,7 +118,7 @@ def measure_ways(
     peaks, times = {}, {}
     for name in list(ways):
         if name == "vmap(grad)" and not torch.cuda.is_available():
-            continue  # torch.func has no saved-tensor hooks, by which the bytes are counted on a CPU
+            continue  # on a CPU, saved-tensor hooks count the bytes; torch.func does not allow them
         try:
             start = time.perf_counter()
             peaks[name] = peak_bytes(ways[name]) / 2**20
@@ -124,7 +128,7 @@ def measure_ways(
         except torch.OutOfMemoryError:
             del ways[name]
     if K * examples > 16:
-        ways.pop("vmap(grad)", None)  # at the limit of the memory, if not beyond it
+        ways.pop("vmap(grad)", None)  # it takes all the memory, or more
     many = {name: run for name, run in ways.items() if name not in once}
     return {
         "variant": "lora",
@@ -137,6 +141,7 @@ def measure_ways(
 def measure_variant(
     name: str, variant: lf.Variant, options: argparse.Namespace, model
 ) -> dict[str, Any]:
+    """One row: a population of another variant."""
     s = Setting(model, variant, options.variants_K, 1, options)
     ways = {"base": s.base, "population": s.population}
     peaks = {way: peak_bytes(run) / 2**20 for way, run in ways.items()}
@@ -149,6 +154,7 @@ def measure_variant(
 
 
 def summary(times: dict[str, list[float]], peaks: dict[str, float]) -> dict[str, Any]:
+    """The measured part of a row, which it prints, too."""
     found = {
         "milliseconds": {way: 1e3 * statistics.median(seconds) for way, seconds in times.items()},
         "over base": {way: ratio(times, way, "base") for way in times},
@@ -169,25 +175,14 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
-    parser.add_argument(
-        "--layers", type=int, default=28 if cuda else 4, help="of the Qwen3-0.6B shape"
-    )
+    parser.add_argument("--layers", type=int, default=28 if cuda else 4, help=LAYERS)
     parser.add_argument("--tokens", type=int, default=256 if cuda else 32)
     parser.add_argument("--vocabulary", type=int, default=151936 if cuda else 8192)
     parser.add_argument("--r", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5 if cuda else 3)
-    parser.add_argument(
-        "--sequences",
-        type=int,
-        default=64 if cuda else 16,
-        help="at most, K x examples: memory sets it",
-    )
-    parser.add_argument(
-        "--variants-K",
-        type=int,
-        default=64 if cuda else 16,
-        help="population in which variants compare",
-    )
+    size: dict[str, Any] = {"type": int, "default": 64 if cuda else 16}
+    parser.add_argument("--sequences", **size, help="largest K x examples, which memory limits")
+    parser.add_argument("--variants-K", **size, help="size of the populations of other variants")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     model, copy = (

@@ -1,6 +1,6 @@
-"""What a population of 16 costs on a GPU, by variant: kernels launched, and the time for which they run, of one step.
+"""Kernels that one step of a population of 16 launches on a GPU, by variant, and their run time.
 
-Beside population.py, whose times are those of the wall. `python bench/profile_variants.py`
+population.py measures the wall time of such a step. `python bench/profile_variants.py`
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import lora_func as lf
 
 
 def main() -> None:
-    settings = {"K": 16, "examples": 1, "layers": 28, "tokens": 256, "dtype": "bfloat16", "r": 32}
-    r = settings["r"]
+    r, layers, tokens = 32, 28, 256
     variants = {
         "lora": lf.LoRA(r=r),
         "dora": lf.DoRA(r=r),
@@ -25,33 +24,29 @@ def main() -> None:
         "ia3": lf.IA3(),
         "hra": lf.HRA(r=r),
     }
-    model = qwen3(settings["layers"], "cuda", torch.bfloat16)
+    model = qwen3(layers, "cuda", torch.bfloat16)
+    options = argparse.Namespace(tokens=tokens, device="cuda")
     rows = []
     for name, variant in variants.items():
-        setting = Setting(
-            model, variant, 16, 1, argparse.Namespace(tokens=settings["tokens"], device="cuda")
-        )
+        setting = Setting(model, variant, 16, 1, options)
         setting.population()
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
             setting.population()
             torch.cuda.synchronize()
         events = profiled.key_averages()
-        launches = sum(
-            event.count
-            for event in events
-            if event.key.startswith(("cudaLaunch", "cuLaunchKernel"))
-        )
-        kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+        launches = [e.count for e in events if e.key.startswith(("cudaLaunch", "cuLaunchKernel"))]
+        kernels = [event for event in events if event.device_type.name == "CUDA"]
         rows.append(
             {
                 "variant": name,
-                "launches": launches,
+                "launches": sum(launches),
                 "milliseconds": sum(event.self_device_time_total for event in kernels) / 1e3,
                 "profiler": events.table(sort_by="self_device_time_total", row_limit=14),
             }
         )
-    write("profile", rows, settings=settings)
+    settings = {"K": 16, "examples": 1, "layers": layers, "tokens": tokens, "r": r}
+    write("profile", rows, settings={**settings, "dtype": "bfloat16"})
 
 
 if __name__ == "__main__":

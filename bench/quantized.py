@@ -1,7 +1,8 @@
-"""Every adapter on 4-bit and 8-bit bases: identity at init, first gradient, the loss after 20 steps, the memory of a step.
+"""Every adapter on 4-bit and 8-bit bases: identity at init, gradients, loss and memory.
 
-The model has the shape of Qwen3-0.6B with fewer layers and random weights, quantized by transformers' BitsAndBytesConfig as
-users do it; it learns one batch of random tokens by heart. `python bench/quantized.py --help`
+The model has the shape of Qwen3-0.6B with fewer layers and random weights. transformers quantizes
+it through a BitsAndBytesConfig, as users do, and each adapter learns one batch of random tokens by
+heart in 20 steps. `python bench/quantized.py --help`
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from common import peak_bytes, qwen3, write
+from overhead import LAYERS
 from transformers import BitsAndBytesConfig, Qwen3ForCausalLM
 
 import lora_func as lf
@@ -26,6 +28,7 @@ KINDS = {
 
 
 def load(folder: str, kind: str, device: str, dtype: torch.dtype) -> Qwen3ForCausalLM:
+    """The model in a folder, quantized."""
     options = dict(KINDS[kind])
     if "load_in_4bit" in options:
         options["bnb_4bit_compute_dtype"] = dtype
@@ -37,13 +40,12 @@ def load(folder: str, kind: str, device: str, dtype: torch.dtype) -> Qwen3ForCau
 def measure(
     name: str, variant: lf.Variant, kind: str, model, options: argparse.Namespace
 ) -> dict[str, Any]:
+    """One row of the table."""
     generator = torch.Generator().manual_seed(0)
-    adapter, params = lf.adapt(
-        model, variant, targets=lf.Targets(names=(r"\.(q|v|down)_proj$",)), generator=generator
-    )
-    ids = torch.randint(1000, (options.batch, options.tokens), generator=generator).to(
-        options.device
-    )
+    targets = lf.Targets(names=(r"\.(q|v|down)_proj$",))
+    adapter, params = lf.adapt(model, variant, targets=targets, generator=generator)
+    ids = torch.randint(1000, (options.batch, options.tokens), generator=generator)
+    ids = ids.to(options.device)
     batch = {"input_ids": ids, "labels": ids, "use_cache": False}
     with torch.no_grad():
         identity = (adapter(model, params, batch).logits - model(**batch).logits).abs().max().item()
@@ -56,16 +58,16 @@ def measure(
         loss.backward()
         return loss.item()
 
-    first = step()
+    first = last = step()
     norm = sum(leaf.grad.square().sum().item() for leaf in leaves.values()) ** 0.5
     for _ in range(options.steps):
         optimizer.step()
         last = step()
-    tangent = {key: leaf.grad.detach() for key, leaf in leaves.items()}
-    functional = torch.func.grad(lambda p: adapter(model, p, batch).loss)(
-        {key: leaf.detach() for key, leaf in leaves.items()}
-    )
-    apart = max((functional[key] - tangent[key]).abs().max().item() for key in tangent)
+    autograd = {key: leaf.grad.detach() for key, leaf in leaves.items()}
+    plain = {key: leaf.detach() for key, leaf in leaves.items()}
+    functional = torch.func.grad(lambda p: adapter(model, p, batch).loss)(plain)
+    apart = max((functional[key] - autograd[key]).abs().max().item() for key in autograd)
+    largest = max(leaf.abs().max().item() for leaf in autograd.values())
     row = {
         "variant": name,
         "base": kind,
@@ -75,13 +77,10 @@ def measure(
         "loss after": last,
         "drop %": 100 * (first - last) / first,
         "mebibytes": peak_bytes(step) / 2**20,
-        "torch.func.grad - autograd, relative": apart
-        / max(leaf.abs().max().item() for leaf in tangent.values()),
+        "torch.func.grad - autograd, relative": apart / largest,
     }
-    print(
-        {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in row.items()},
-        flush=True,
-    )
+    shown = {key: f"{x:.3g}" if isinstance(x, float) else x for key, x in row.items()}
+    print(shown, flush=True)
     return row
 
 
@@ -92,9 +91,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
-    parser.add_argument(
-        "--layers", type=int, default=8 if cuda else 2, help="of the Qwen3-0.6B shape"
-    )
+    parser.add_argument("--layers", type=int, default=8 if cuda else 2, help=LAYERS)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=4 if cuda else 2)
     parser.add_argument("--tokens", type=int, default=256 if cuda else 32)

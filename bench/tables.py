@@ -1,6 +1,7 @@
-"""Writes the tables of README and docs from the catalogue and the committed results: `python bench/tables.py`.
+"""Writes the tables of README and docs from the catalogue and the committed results.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A test fails where one is not what this would write.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A test fails if one is out of
+date; `python bench/tables.py` writes all of them anew.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -21,6 +23,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 
 
 def markdown(rows: list[list[str]], headers: list[str]) -> str:
+    """A table as GitHub reads it."""
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
@@ -31,16 +34,12 @@ def trainable(card: lf.Card) -> str:
 
 
 def variants() -> str:
-    """From the cards of the catalogue."""
-    rows = [
-        [
-            f"`{kind.__name__}`",
-            kind.card.title,
-            f"[{kind.card.authors}](https://{kind.card.url})",
-            trainable(kind.card),
-        ]
-        for kind in lf.VARIANTS.values()
-    ]
+    """The cards of the catalogue in brief."""
+    rows = []
+    for kind in lf.VARIANTS.values():
+        card = kind.card
+        paper = f"[{card.authors}](https://{card.url})"
+        rows.append([f"`{kind.__name__}`", card.title, paper, trainable(card)])
     return markdown(rows, ["class", "what it does", "paper", "trainable, per layer"])
 
 
@@ -58,7 +57,7 @@ DATA = {"none": "no", "optional": "if given", "required": "yes"}
 
 
 def methods() -> str:
-    """What else the cards say: for choosing, and for coming from PEFT."""
+    """The rest of the cards: for choosing, and for coming from PEFT."""
     rows = []
     for kind in lf.VARIANTS.values():
         card = kind.card
@@ -88,18 +87,19 @@ def reference() -> str:
     return "\n\n".join(f"::: {kind.__module__}.{kind.__name__}" for kind in lf.VARIANTS.values())
 
 
-def ran_on(result: dict) -> str:
-    where = dict(result["where"])
-    versions = ", ".join(
-        f"{name} {where[name]}"
-        for name in ("torch", "transformers", "peft", "bitsandbytes")
-        if name in where
-    )
-    return f"{where['device']}; {versions}; commit {where['commit']}"
+def read(name: str) -> tuple[dict[str, Any], str]:
+    """`(results, where they were measured)`."""
+    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    where = result["where"]
+    packages = ("torch", "transformers", "peft", "bitsandbytes")
+    versions = ", ".join(f"{name} {where[name]}" for name in packages if name in where)
+    ran_on = f"{where['device']}; {versions}; commit {where['commit']}"
+    return result, ran_on
 
 
 def overhead(kind: str) -> str:
-    result = json.loads((RESULTS / f"overhead-{kind}.json").read_text())
+    """Time and memory of a step, beside PEFT."""
+    result, ran_on = read(f"overhead-{kind}")
     s = result["settings"]
     rows = [
         [
@@ -112,100 +112,92 @@ def overhead(kind: str) -> str:
         ]
         for row in result["rows"]
     ]
-    table = markdown(
-        rows,
-        [
-            "variant",
-            "layers",
-            "time / base",
-            "PEFT: time / base",
-            "MiB over base",
-            "PEFT: MiB over base",
-        ],
-    )
+    headers = ["variant", "layers", "time / base", "PEFT: time / base"]
+    table = markdown(rows, [*headers, "MiB over base", "PEFT: MiB over base"])
     memory = "peak of the step" if s["device"] == "cuda" else "bytes saved for backward"
-    about = f"{s['layers']} layers, batch {s['batch']} x {s['tokens']} tokens, {s['dtype']}, r={s['r']}; memory: {memory}."
-    return f"{table}\n\n{about} {ran_on(result)}."
+    about = (
+        f"{s['layers']} layers, batch {s['batch']} x {s['tokens']} tokens, {s['dtype']}, "
+        f"r={s['r']}; memory: {memory}."
+    )
+    return f"{table}\n\n{about} {ran_on}."
 
 
 def launches(kind: str) -> str:
-    result = json.loads((RESULTS / f"launches-{kind}.json").read_text())
+    """A step in eager mode, compiled, and as a CUDA graph."""
+    result, ran_on = read(f"launches-{kind}")
     s = result["settings"]
     ways = ["base, eager", "eager", "compiled", "CUDA graph"]
     rows = []
     for row in result["rows"]:
-        times = [
-            f"{row['milliseconds'][way]:.0f}" if way in row["milliseconds"] else "-" for way in ways
-        ]
+        ms = row["milliseconds"]
+        times = [f"{ms[way]:.0f}" if way in ms else "-" for way in ways]
         rows.append([f"LoRA, {row['targets']} layers", *times])
-    table = markdown(
-        rows, ["ms per step", "frozen base, eager", "adapted, eager", "torch.compile", "CUDA graph"]
-    )
-    about = (
-        f"{s['layers']} layers, batch {s['batch']} x {s['tokens']} tokens, bfloat16, r={s['r']}."
-    )
-    return f"{table}\n\n{about} {ran_on(result)}."
+    headers = ["frozen base, eager", "adapted, eager", "torch.compile", "CUDA graph"]
+    table = markdown(rows, ["ms per step", *headers])
+    about = f"{s['layers']} layers, batch {s['batch']} x {s['tokens']} tokens, bfloat16"
+    return f"{table}\n\n{about}, r={s['r']}. {ran_on}."
 
 
 def population(kind: str) -> str:
-    result = json.loads((RESULTS / f"population-{kind}.json").read_text())
+    """A step of K adapters, by several ways."""
+    result, ran_on = read(f"population-{kind}")
     s = result["settings"]
-    ways = ["base", "population", "stacked", "vmap(grad)", "one by one", "peft"]
+    ways = ["population", "stacked", "vmap(grad)", "one by one", "peft"]
+    measured = ["population", "vmap(grad)"]  # ways of which the memory is shown
     rows = []
     for row in result["rows"]:
         times, peaks = row["milliseconds"], row["mebibytes"]
-        cells = [f"{times[way] / times['base']:.2f}" if way in times else "-" for way in ways[1:]]
-        memory = [
-            f"{peaks[way] / peaks['base']:.2f}" if way in peaks else "-"
-            for way in ("population", "vmap(grad)")
-        ]
-        rows.append(
-            [
-                row["variant"],
-                str(row["K"]),
-                str(row["examples"]),
-                f"{times['base']:.0f}",
-                *cells,
-                *memory,
-            ]
-        )
-    headers = [
-        "variant",
-        "K",
-        "examples each",
-        "base, ms",
-        "population",
-        "stacked",
-        "vmap(grad)",
-        "one by one",
-        "PEFT",
-    ]
+        setting = [row["variant"], str(row["K"]), str(row["examples"]), f"{times['base']:.0f}"]
+        time = [f"{times[way] / times['base']:.2f}" if way in times else "-" for way in ways]
+        memory = [f"{peaks[way] / peaks['base']:.2f}" if way in peaks else "-" for way in measured]
+        rows.append([*setting, *time, *memory])
+    headers = ["variant", "K", "examples each", "base, ms", *ways[:-1], "PEFT"]
     table = markdown(rows, [*headers, "memory: population", "memory: vmap(grad)"])
     memory = "peak of the step" if s["device"] == "cuda" else "bytes saved for backward"
-    about = f"{s['layers']} layers, {s['tokens']} tokens, {s['dtype']}, r={s['r']} on q and v; over the base; memory: {memory}."
-    return f"{table}\n\n{about} {ran_on(result)}."
+    about = (
+        f"{s['layers']} layers, {s['tokens']} tokens, {s['dtype']}, r={s['r']} on q and v; "
+        f"over the base; memory: {memory}."
+    )
+    return f"{table}\n\n{about} {ran_on}."
 
 
 def headline(kind: str) -> str:
     """The largest population, in a sentence."""
-    result = json.loads((RESULTS / f"population-{kind}.json").read_text())
+    result, _ = read(f"population-{kind}")
     row = max(result["rows"], key=lambda row: row["K"])
     ms, mib = row["milliseconds"], row["mebibytes"]
+    time, memory = ms["population"] / ms["base"], mib["population"] / mib["base"]
     return (
-        f"{row['K']} LoRAs on one {kind.upper()}: {ms['population'] / ms['base']:.2f} times the time and "
-        f"{mib['population'] / mib['base']:.2f} times the memory of the frozen base on the same batch, "
+        f"{row['K']} LoRAs on one {kind.upper()}: {time:.2f} times the time and "
+        f"{memory:.2f} times the memory of the frozen base on the same batch, "
         f"{ms['one by one'] / ms['population']:.0f} times faster than one by one."
     )
 
 
 def view(kind: str) -> str:
-    result = json.loads((RESULTS / f"view-{kind}.json").read_text())
+    """What a call costs before any arithmetic."""
+    result, ran_on = read(f"view-{kind}")
     rows = [[row["step"], f"{row['milliseconds']:.1f}"] for row in result["rows"]]
-    return f"{markdown(rows, ['28 layers, 56 adapted', 'ms'])}\n\n{ran_on(result)}."
+    return f"{markdown(rows, ['28 layers, 56 adapted', 'ms'])}\n\n{ran_on}."
+
+
+def decode(kind: str) -> str:
+    """A decoded token through a bound view, over the base's."""
+    result, ran_on = read(f"decode-{kind}")
+    s = result["settings"]
+    cells: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        cells.setdefault(row["variant"], []).append(f"{row['time over base']:.2f}")
+    counts = {row["targets"]: row["layers"] for row in result["rows"]}
+    headers = [f"{targets}: {layers} layers" for targets, layers in counts.items()]
+    table = markdown([[name, *own] for name, own in cells.items()], ["time / base", *headers])
+    about = f"{s['layers']} layers, batch 1 after {s['prompt']} tokens, float32, r={s['r']}"
+    return f"{table}\n\n{about}; threads: {s['threads']}. {ran_on}."
 
 
 def quantized(kind: str) -> str:
-    result = json.loads((RESULTS / f"quantized-{kind}.json").read_text())
+    """Every adapter on 4-bit and 8-bit bases."""
+    result, ran_on = read(f"quantized-{kind}")
     s = result["settings"]
     columns = ["identity error", "gradient norm", "loss", "loss after", "drop %", "mebibytes"]
     apart = "torch.func.grad - autograd, relative"
@@ -220,21 +212,27 @@ def quantized(kind: str) -> str:
     ]
     table = markdown(rows, ["variant", "base", *columns[:-1], "MiB", "functional"])
     memory = "peak of a step" if s["device"] == "cuda" else "bytes saved for backward"
-    about = f"{s['layers']} layers, batch {s['batch']} x {s['tokens']}, {s['dtype']}, r={s['r']} on q, v and down; MiB: {memory}."
-    return f"{table}\n\n{about} {ran_on(result)}."
+    about = (
+        f"{s['layers']} layers, batch {s['batch']} x {s['tokens']}, {s['dtype']}, "
+        f"r={s['r']} on q, v and down; MiB: {memory}."
+    )
+    return f"{table}\n\n{about} {ran_on}."
 
 
 def profiled(kind: str) -> str:
-    result = json.loads((RESULTS / f"profile-{kind}.json").read_text())
+    """Kernels that a step of a population launches."""
+    result, ran_on = read(f"profile-{kind}")
     rows = [
         [row["variant"], f"{row['launches']:,}", f"{row['milliseconds']:.0f}"]
         for row in result["rows"]
     ]
-    return f"{markdown(rows, ['K=16', 'kernels launched', 'ms for which they run'])}\n\n{ran_on(result)}."
+    table = markdown(rows, ["K=16", "kernels launched", "ms for which they run"])
+    return f"{table}\n\n{ran_on}."
 
 
 def svd(kind: str) -> str:
-    result = json.loads((RESULTS / f"svd-{kind}.json").read_text())
+    """The randomized SVD against the exact one."""
+    result, ran_on = read(f"svd-{kind}")
     s = result["settings"]
     rows = [
         [
@@ -247,41 +245,32 @@ def svd(kind: str) -> str:
         for row in result["rows"]
     ]
     table = markdown(rows, ["spectrum", "SVD", "ms", "times faster", "energy / exact"])
-    return f"{table}\n\n{s['n']} x {s['n']}, float32, r={s['r']}. {ran_on(result)}."
+    return f"{table}\n\n{s['n']} x {s['n']}, float32, r={s['r']}. {ran_on}."
 
 
 def qwen(model: str) -> str:
-    result = json.loads((RESULTS / f"qwen-{model}.json").read_text())
+    """Every variant on a real language model."""
+    result, ran_on = read(f"qwen-{model}")
     s = result["settings"]
-    columns = ["loss0", "lossN", "drop %", "gradient norm", "parameter delta", "reload error"]
-    shapes = {shape["variant"]: f"{shape['trainable']:,}" for shape in result["shapes"]}
+    whole = {shape["variant"]: f"{shape['trainable']:,}" for shape in result["shapes"]}
+    columns = ["identity error", "perturbation delta", "loss0", "lossN", "drop %"]
+    columns += ["gradient norm", "parameter delta", "reload error"]
     rows = [
         [
             row["variant"],
             f"{row['trainable']:,}",
-            *(
-                f"{row[column]:.3g}"
-                for column in ("identity error", "perturbation delta", *columns)
-            ),
+            *(f"{row[column]:.3g}" for column in columns),
             f"{row['bytes'] / 1024:.0f}",
-            shapes.get(row["variant"], "-"),
+            whole.get(row["variant"], "-"),
         ]
         for row in result["rows"]
     ]
-    headers = [
-        "variant",
-        "trainable",
-        "identity error",
-        "perturbation delta",
-        *columns,
-        "file, KiB",
-        "all of Qwen3-0.6B, r=32",
-    ]
+    headers = ["variant", "trainable", *columns, "file, KiB", "all of Qwen3-0.6B, r=32"]
     about = (
-        f"{s['model']}, {s['dtype']}, r={s['r']} (of the AntiPaSTO family in both columns 8 times that), {s['steps']} steps of "
-        f"AdamW on {s['tokens']} tokens; the base unchanged."
+        f"{s['model']}, {s['dtype']}, r={s['r']} (of the AntiPaSTO family in both columns 8 times "
+        f"that), {s['steps']} steps of AdamW on {s['tokens']} tokens; the base unchanged."
     )
-    return f"{markdown(rows, headers)}\n\n{about} {ran_on(result)}."
+    return f"{markdown(rows, headers)}\n\n{about} {ran_on}."
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -293,6 +282,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "launches-h100": lambda: launches("h100"),
     "population-headline": lambda: headline("h100"),
     "view-cpu": lambda: view("cpu"),
+    "decode-cpu": lambda: decode("cpu"),
     "quantized-cpu": lambda: quantized("cpu"),
     "quantized-h100": lambda: quantized("h100"),
     "profile-h100": lambda: profiled("h100"),
@@ -304,7 +294,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """`text` with every table as the catalogue and the results have it."""
+    """`text`, with every table written anew from the catalogue and the results."""
 
     def table(found: re.Match[str]) -> str:
         return f"<!-- table: {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end -->"

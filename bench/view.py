@@ -1,7 +1,7 @@
-"""What a call costs before any arithmetic: building the view of a model with 28 layers and 56 adapted ones, in milliseconds.
+"""Milliseconds of a call before any arithmetic: building a view of 28 layers, 56 targets.
 
-The model has the modules of Qwen3-0.6B and tiny widths, so that the forward is Python and launches, too. `functional_call` is
-that of torch.func on a view that exists, beyond the forward of a bound view. `python bench/view.py`
+The model has the modules of Qwen3-0.6B and tiny widths, so that its forward is little more than
+Python. The step `functional_call` is that of torch.func on a bound view. `python bench/view.py`
 """
 
 from __future__ import annotations
@@ -32,16 +32,15 @@ def main() -> None:
     adapter, params = lf.adapt(frozen, lf.LoRA(r=2), targets=targets)
     ids = torch.randint(64, (1, 4))
     bound = lf.bind(adapter, frozen, params)
+    batch = {"input_ids": ids, "use_cache": False}
     steps: dict[str, Any] = {
-        "view of a frozen base": lambda: adapter._view(frozen, params),
-        "view of a base that requires grad": lambda: adapter._view(trainable, params),
+        "view of a frozen base": lambda: adapter.view(frozen, params, call=True),
+        "view of a base that requires grad": lambda: adapter.view(trainable, params, call=True),
         "bind": lambda: lf.bind(adapter, frozen, params),
-        "forward of the base": lambda: frozen(ids, use_cache=False),
-        "forward of a bound view": lambda: bound(ids, use_cache=False),
-        "forward, adapted": lambda: adapter(frozen, params, {"input_ids": ids, "use_cache": False}),
-        "forward by functional_call": lambda: functional_call(
-            bound, params, (ids,), {"use_cache": False}
-        ),
+        "forward of the base": lambda: frozen(**batch),
+        "forward of a bound view": lambda: bound(**batch),
+        "forward, adapted": lambda: adapter(frozen, params, batch),
+        "forward by functional_call": lambda: functional_call(bound, params, (), batch),
     }
     with torch.no_grad():
         times = interleaved(steps, rounds=50, warmup=5)

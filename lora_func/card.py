@@ -16,7 +16,7 @@ class Peft(NamedTuple):
     """The same method in PEFT."""
 
     config: str  # name of the class, such as "LoraConfig"
-    fields: Mapping[str, Any] = {}  # that select the method, such as {"use_dora": True}
+    fields: Mapping[str, Any] = {}  # select the method, such as {"use_dora": True}
     rank: str | None = "r"  # PEFT's name of the field `r`; None if it has none
 
 
@@ -44,7 +44,7 @@ class Card:
     lr: float = 1e-3  # learning rate of AdamW to start from
     layers: tuple[str, ...] = (r"q_proj$", r"v_proj$")  # regexes of the layers to start with
     settings: Mapping[str, Any] = field(default_factory=dict)  # fields to start with, beside r
-    width: int = 1  # times LoRA's rank that r usually is
+    width: int = 1  # r is usually this many times LoRA's rank
     peft: Peft | None = None  # None: PEFT does not have it
     beside_peft: str = ""  # how the two differ, in a phrase
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,8 @@ __all__ = [
     "needs_data",
 ]
 
+LARGEST = 2**63  # beyond torch's integers, and within float32 and bfloat16
+
 
 def check_rank(variant: Variant, name: str = "r") -> None:
     """Raises LoraFuncError unless the field `name` is an integer of at least 1."""
@@ -29,13 +30,13 @@ def check_rank(variant: Variant, name: str = "r") -> None:
 def check_positive(variant: Variant, name: str) -> None:
     """Raises LoraFuncError unless the field `name` is a finite number above 0."""
     if not is_number(getattr(variant, name)) or not getattr(variant, name) > 0:
-        raise refusal(variant, name, "a finite number above 0")
+        raise refusal(variant, name, "a finite number above 0 and below 2**63")
 
 
 def check_number(variant: Variant, name: str) -> None:
     """Raises LoraFuncError unless the field `name` is a finite number."""
     if not is_number(getattr(variant, name)):
-        raise refusal(variant, name, "a finite number")
+        raise refusal(variant, name, "a finite number between -2**63 and 2**63")
 
 
 def check_choice(variant: Variant, name: str, choices: Sequence[Any]) -> None:
@@ -64,12 +65,11 @@ def needs_data(variant: Variant, what: str) -> LoraFuncError:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a finite real number. An int of 400 digits is not: no float holds it."""
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and abs(value) <= sys.float_info.max
-    )
+    """Whether `value` is a finite real number that torch takes as a scalar.
+
+    It takes no integer of 2**63 or more, and no float that overflows float32, such as 1e308.
+    """
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def refusal(variant: Variant, name: str, expected: str) -> LoraFuncError:

@@ -30,9 +30,7 @@ def stack(adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     adapters = list(adapters)
     if not adapters or not all(isinstance(params, Mapping) for params in adapters):
         given = "nothing" if not adapters else f"a list of {type(adapters[0]).__name__}"
-        raise LoraFuncError(
-            f"stack takes a list of at least one dict of parameters, and not {given}"
-        )
+        raise LoraFuncError(f"stack takes a list of at least one dict of parameters, not {given}")
     first = adapters[0]
     for k, params in enumerate(adapters):
         if params.keys() != first.keys():
@@ -80,8 +78,8 @@ def select(params: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
         tensor = isinstance(ids, Tensor)
         given = f"{ids.dtype} of shape {tuple(ids.shape)}" if tensor else repr(ids)
         raise LoraFuncError(
-            "ids must be an int64 tensor of shape [examples], such as torch.tensor([0, 0, 2]), and "
-            f"not {given}"
+            "ids must be an int64 tensor of shape [examples], such as torch.tensor([0, 0, 2]), not "
+            f"{given}"
         )
     try:
         return {key: leaf.index_select(0, ids.to(leaf.device)) for key, leaf in params.items()}
@@ -100,7 +98,7 @@ def expand(params: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise LoraFuncError(
-            f"n must be the number of examples, an integer of at least 1, and not {n!r}"
+            f"n must be the number of examples, an integer of at least 1, not {n!r}"
         )
     return {key: leaf.expand(n, *leaf.shape) for key, leaf in params.items()}
 

@@ -89,6 +89,7 @@ def check_moments(owner: Statistic, given: Any, d: int) -> None:
     if not isinstance(given, Moments):
         raise LoraFuncError(f"the stats are a {type(given).__name__}; {owner} gives Moments")
     check_shape(owner, given.mean, (d,))
+    check_shape(owner, given.scatter, (d, d))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +211,7 @@ class PrincipalComponents(InputMoments):
             warnings.warn(
                 f"the calibration inputs have only {len(taken)} components for {len(own)} layers, "
                 f"where r={self.r} asks for {budget}: ranks will be lower. Calibrate on more "
-                "tokens",
+                "tokens, or lower r",
                 stacklevel=2,
             )
         ranks = Counter(path for _, path in taken)
@@ -237,3 +238,4 @@ class PrincipalComponents(InputMoments):
         if not isinstance(stats, Components):
             raise LoraFuncError(f"the stats are a {type(stats).__name__}; {self} gives Components")
         check_shape(self, stats.directions, (len(stats.directions), weight.shape[1]))
+        check_shape(self, stats.singular_values, (len(stats.directions),))

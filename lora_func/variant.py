@@ -15,9 +15,9 @@ A variant may split off the work that does not depend on x:
 
     prepared = variant.prepare(weight, params, dtype)        params, unless overridden
 
-The engine calls `prepare` once, and passes the result to `transform_input` and `apply` in the
-place of `params`, for as many inputs as come. Both also take plain `params`, and then prepare
-them by `self.prepared(..)`. The result is the same to the bit.
+The engine calls `prepare` once and passes the result to `transform_input` and `apply` in the place
+of `params`, for any number of inputs. Both also take plain `params` and prepare them first, by
+`self.prepared(..)`. The result is the same to the bit.
 
 Five rules hold for every variant. docs/design.md gives the measurement behind each:
 
@@ -37,7 +37,7 @@ import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ from .precision import autocast_off
 
 __all__ = ["Params", "Prepared", "Statistic", "Variant", "Weight"]
 
-# What other libraries call our fields, or where we have the same thing.
+# Names that other libraries use -> what to use here.
 ELSEWHERE = {
     "rank": "r",
     "lora_r": "r",
@@ -113,7 +113,8 @@ class Weight:
 
         Computes in the dtype of the weight and returns that of `z`.
         """
-        return F.linear(z.to(self.matrix.dtype), self.matrix).to(z.dtype)
+        W = self.matrix  # read once: an offloaded one is copied, a sharded one gathered
+        return F.linear(z.to(W.dtype), W).to(z.dtype)
 
     def dense(self) -> Tensor:
         """`W [d_out, d_in]`, in the dtype in which it is stored or dequantized.
@@ -157,16 +158,23 @@ class Statistic(abc.ABC):
         """Raises LoraFuncError if `stats` is not what `finalize` returns for a layer like this."""
 
 
-class VariantType(abc.ABCMeta):
-    """Lets a constructor name its fields when it is given others."""
+T = TypeVar("T")  # the class that is constructed: type checkers then check its fields
 
-    def __call__(cls, *args: Any, **given: Any) -> Any:
+
+class VariantType(abc.ABCMeta):
+    """Makes a constructor list its fields when it is given an unknown one."""
+
+    def __call__(cls: type[T], *args: Any, **given: Any) -> T:
         known = [item.name for item in dataclasses.fields(cls) if item.init]  # pyright: ignore
         if args:
             example = f"{cls.__name__}({known[0]}={args[0]!r})" if known else f"{cls.__name__}()"
             raise LoraFuncError(f"{cls.__name__} takes its fields by name, as in {example}")
         for old, new in cls.renamed.items():  # pyright: ignore
             if old in given:
+                if new in given:
+                    raise LoraFuncError(
+                        f"{cls.__name__} was given {new}= and its old name {old}=: leave {old}= out"
+                    )
                 deprecated(f"{cls.__name__}({old}=..)", f"{new}=", "0.2")
                 given[new] = given.pop(old)
         for name in given:
@@ -255,7 +263,7 @@ class Variant(abc.ABC, metaclass=VariantType):
         return params
 
     def transform_input(self, x: Tensor, params: dict[str, Tensor]) -> Tensor:
-        """`x [.., d_in]` as the base layer shall see it, in the same shape and dtype."""
+        """What the base layer sees instead of `x [.., d_in]`, in the same shape and dtype."""
         return x
 
     def apply(

@@ -1,4 +1,4 @@
-"""Tiny random models of the types that people use, with a batch for each."""
+"""Tiny random models of many types, with a batch for each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-SIZES = {
+Fields = dict[str, Any]  # of a config
+SIZES: Fields = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -17,9 +18,9 @@ SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-GROUPED = {**SIZES, "num_key_value_heads": 2}
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-VISION = {
+GROUPED: Fields = {**SIZES, "num_key_value_heads": 2}
+SPECIAL: Fields = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+VISION: Fields = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -27,8 +28,8 @@ VISION = {
     "image_size": 16,
     "patch_size": 8,
 }
-# encoder-decoders: T5 has its own names; BART and Whisper share theirs
-T5 = {
+# Encoder-decoders. BART and Whisper share names of fields.
+T5: Fields = {
     "vocab_size": 64,
     "d_model": 32,
     "d_kv": 8,
@@ -74,16 +75,16 @@ def speech() -> dict[str, Tensor]:
     return {"input_features": torch.randn(2, 8, 20), "labels": text(length=6)}
 
 
-def model_of(name: str, config: str, **sizes: Any) -> Callable[[], nn.Module]:
-    """Looks classes up when called: a test names the one that this transformers lacks."""
+def model_of(name: str, config: str, **sizes: Any) -> Callable[[], Any]:
+    """Looks classes up when it is called, so a class that is missing fails its own test alone."""
     return lambda: getattr(tf, name)(getattr(tf, config)(**sizes))
 
 
-def decoder(name: str, **sizes: Any) -> Callable[[], nn.Module]:
+def decoder(name: str, **sizes: Any) -> Callable[[], Any]:
     return model_of(f"{name}ForCausalLM", f"{name}Config", **sizes)
 
 
-def encoder(name: str, **sizes: Any) -> Callable[[], nn.Module]:
+def encoder(name: str, **sizes: Any) -> Callable[[], Any]:
     return model_of(f"{name}ForMaskedLM", f"{name}Config", **{**SIZES, **sizes})
 
 
@@ -154,6 +155,7 @@ DEBERTA = {
 }
 MOE = {**EXPERTS, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16}
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+GPTJ = {**GPT2, "n_positions": 64, "rotary_dim": 4, "bos_token_id": 1, "eos_token_id": 2}
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
 MAMBA2 = {
     **SMALL,
@@ -181,7 +183,7 @@ OPT = {**without_intermediate_size(SIZES), "ffn_dim": 48, "word_embed_proj_dim":
 DINOV2 = {**without_intermediate_size(VISION), "mlp_ratio": 2}
 
 # name -> (model, batch, number of layers that are adapted by default)
-ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]], int]] = {
+ARCHITECTURES: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Tensor]], int]] = {
     "llama": (decoder("Llama", **GROUPED), tokens, 14),
     "qwen2": (decoder("Qwen2", **GROUPED), tokens, 14),
     "qwen3": (decoder("Qwen3", **GROUPED, head_dim=12), tokens, 14),
@@ -198,6 +200,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, T
     "phi": (decoder("Phi", **SIZES), tokens, 12),
     "phi3": (decoder("Phi3", **GROUPED, **SPECIAL), tokens, 8),
     "gpt2": (model_of("GPT2LMHeadModel", "GPT2Config", **GPT2), tokens, 8),
+    "gptj": (decoder("GPTJ", **GPTJ), tokens, 12),
     "gpt_neox": (decoder("GPTNeoX", **SIZES), tokens, 8),
     "opt": (decoder("OPT", **OPT), tokens, 12),
     "bloom": (decoder("Bloom", vocab_size=64, hidden_size=32, n_layer=2, n_head=4), tokens, 8),
@@ -214,6 +217,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, T
     "bert": (encoder("Bert"), tokens, 13),
     "roberta": (encoder("Roberta"), tokens, 12),
     "electra": (encoder("Electra", embedding_size=16), tokens, 14),
+    "deberta": (encoder("Deberta", **DEBERTA), tokens, 13),
     "deberta_v2": (encoder("DebertaV2", **DEBERTA), tokens, 13),
     "modernbert": (encoder("ModernBert", **SPECIAL, cls_token_id=1, sep_token_id=2), tokens, 9),
     "t5": (model_of("T5ForConditionalGeneration", "T5Config", **T5), tokens, 32),

@@ -106,7 +106,8 @@ none: Ranks = lambda d_out, d_in: None  # noqa: E731
 def cancellation(layer: Layer) -> float:
     """DoRA divides by the norms of the rows of W + s BA, which are short if the two cancel."""
     A, B = layer.trained["A"].double(), layer.trained["B"].double()
-    W, s = layer.weight.matrix.double(), layer.variant.scale  # pyright: ignore
+    variant: Any = layer.variant
+    W, s = layer.weight.matrix.double(), variant.scale
     terms = W.abs() + s * B.abs() @ A.abs()
     return (terms.norm(dim=1) / (W + s * B @ A).norm(dim=1)).square().max().item()
 

@@ -1,4 +1,4 @@
-"""Small models that tests share, and digests that show that nothing changed a model."""
+"""Small models, parameters and batches for all tests, and a digest of a model's state."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ def mlp(bias: bool = True) -> nn.Sequential:
     )
 
 
-def tiny_llama(**changes: Any) -> LlamaForCausalLM:
-    """Two layers with grouped-query attention and random weights.
+# The models are typed Any: a type checker sees `Tensor | Module` in every attribute of a module.
+
+
+def tiny_llama(**changes: Any) -> Any:
+    """A LlamaForCausalLM of two layers, with grouped-query attention and random weights.
 
     d_in and d_out differ in every kind of layer.
     """
@@ -48,8 +51,8 @@ def tiny_llama(**changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def qwen3_600m() -> Qwen3ForCausalLM:
-    """The shape of Qwen/Qwen3-0.6B, without weights."""
+def qwen3_600m() -> Any:
+    """A Qwen3ForCausalLM in the shape of Qwen/Qwen3-0.6B, without weights."""
     config = Qwen3Config(
         vocab_size=151936,
         hidden_size=1024,
@@ -91,7 +94,7 @@ def state_of(model: nn.Module) -> str:
 
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         add(name, id(t), t._version, t.requires_grad, t.grad is None, t.dtype, t.shape)
-        digest.update(t.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(t.detach().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
     for name, module in model.named_modules():
         add(name, id(module), type(module), module.training)
         for attribute, value in vars(module).items():
@@ -101,8 +104,8 @@ def state_of(model: nn.Module) -> str:
 
 
 def adapted(
-    rules: Any = None, model: nn.Module | None = None, **options: Any
-) -> tuple[nn.Module, lf.Adapter, dict[str, Tensor]]:
+    rules: Any = None, model: Any = None, **options: Any
+) -> tuple[Any, lf.Adapter, dict[str, Tensor]]:
     """A tiny Llama with an adapter on q_proj and v_proj; its parameters are as if trained."""
     model = tiny_llama() if model is None else model
     options.setdefault("targets", lf.Targets(names=(r"q_proj$", r"v_proj$")))
@@ -125,7 +128,7 @@ def assert_at_base(variant: lf.Variant, given: Tensor, base: Tensor, layers: int
     assert (given - base).abs().max() <= layers * error * base.abs().max()
 
 
-def checkpoint_activations(model: nn.Module, use_reentrant: bool) -> None:
+def checkpoint_activations(model: Any, use_reentrant: bool) -> None:
     """Calls transformers' own switch, whose name depends on the installed version."""
     switch = getattr(model, "activation_checkpointing_enable", None)
     switch = switch or model.gradient_checkpointing_enable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from lora_func.testing import Layer
 from lora_func.variants.antipastoablate import directions
 from lora_func.weights.table import weight_of
 
-CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 GAIN = ("antipasto", "antipasto-data", "antipasto-suppress", "antipastocorda")
 ARROW = ("antipastoarrow", "antipastoarrow-data")
 ABLATE = ("antipastoablate", "antipastoablate-2")
@@ -390,9 +391,9 @@ def test_ablation_of_a_zero_direction():
     def f(c):
         return variant.apply(x, weight(x), weight, {**params.frozen, **params.trainable, "c": c})
 
-    out, vjp = torch.func.vjp(f, torch.zeros(4, 1))
-    assert torch.equal(out, weight(x))
-    assert vjp(out)[0].isfinite().all()
+    zero = torch.zeros(4, 1)
+    assert torch.equal(f(zero), weight(x))
+    assert torch.func.grad(lambda c: f(c).square().sum())(zero).isfinite().all()
 
 
 # rotations
@@ -563,35 +564,47 @@ def test_counts_on_qwen3(variant, count):
     assert 28 * sum(sizes) == count
 
 
+bad: Any = lf  # for calls that a type checker refuses, too
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (
-            lambda: lf.AntiPaSTO(coeff=math.inf),
+            lambda: bad.AntiPaSTO(coeff=math.inf),
             r"AntiPaSTO\(coeff=inf\): coeff must be a finite number",
         ),
-        (lambda: lf.AntiPaSTO(pool="max"), "pool must be 'rms' or 'mean_abs'"),
-        (lambda: lf.AntiPaSTO(suppress_only=1), "suppress_only must be False or True"),
+        (lambda: bad.AntiPaSTO(pool="max"), "pool must be 'rms' or 'mean_abs'"),
+        (lambda: bad.AntiPaSTO(suppress_only=1), "suppress_only must be False or True"),
         (
-            lambda: lf.AntiPaSTORotation(r=6),
+            lambda: bad.AntiPaSTORotation(r=6),
             r"AntiPaSTORotation\(r=6, block_size=4\): block_size must be at least 2 and divide r",
         ),
-        (lambda: lf.AntiPaSTORotation(block_size=1), "block_size must be at least 2 and divide r"),
-        (lambda: lf.AntiPaSTORotation(max_rotation_angle=3.2), "must be below pi"),
         (
-            lambda: lf.AntiPaSTORotation(rotate_basis="W"),
+            lambda: bad.AntiPaSTORotation(block_size=1),
+            "block_size must be at least 2 and divide r",
+        ),
+        (lambda: bad.AntiPaSTORotation(max_rotation_angle=3.2), "must be below pi"),
+        (
+            lambda: bad.AntiPaSTORotation(rotate_basis="W"),
             "rotate_basis must be 'V' or 'U' or 'none'",
         ),
-        (lambda: lf.AntiPaSTOCorDA(cov_eps=0), "cov_eps must be a finite number above 0"),
-        (lambda: lf.AntiPaSTOAblate(r=2, k=3), r"AntiPaSTOAblate\(r=2, k=3\): k must be at most r"),
-        (lambda: lf.AntiPaSTOAblate(init_alpha=1.5), "init_alpha must be at most 1"),
-        (lambda: lf.AntiPaSTOAblate(init_alpha=0), "init_alpha must be a finite number above 0"),
+        (lambda: bad.AntiPaSTOCorDA(cov_eps=0), "cov_eps must be a finite number above 0"),
         (
-            lambda: lf.AntiPaSTOArrow(r=8, block=8),
+            lambda: bad.AntiPaSTOAblate(r=2, k=3),
+            r"AntiPaSTOAblate\(r=2, k=3\): k must be at most r",
+        ),
+        (lambda: bad.AntiPaSTOAblate(init_alpha=1.5), "init_alpha must be at most 1"),
+        (
+            lambda: bad.AntiPaSTOAblate(init_alpha=0),
+            "init_alpha must be a finite number above 0",
+        ),
+        (
+            lambda: bad.AntiPaSTOArrow(r=8, block=8),
             r"AntiPaSTOArrow\(r=8, block=8\): block must be below r",
         ),
-        (lambda: lf.SSVD(approximate="yes"), "approximate must be False or True"),
-        (lambda: lf.SSteer(alpha="1"), r"SSteer\(alpha='1'\): alpha must be a finite number"),
+        (lambda: bad.SSVD(approximate="yes"), "approximate must be False or True"),
+        (lambda: bad.SSteer(alpha="1"), r"SSteer\(alpha='1'\): alpha must be a finite number"),
     ],
 )
 def test_hyperparameters_are_checked(make, message):
@@ -608,7 +621,7 @@ def test_replace_at_runtime():
     batch = text_batch()
     before, variants = adapter(model, params, batch).logits, dict(adapter.variants)
     reversed_ = adapter.replace(coeff=-1.0)
-    assert {variant.coeff for variant in reversed_.variants.values()} == {-1.0}
+    assert {getattr(variant, "coeff", None) for variant in reversed_.variants.values()} == {-1.0}
     negative = {key: -leaf for key, leaf in params.items()}
     after = reversed_(model, params, batch).logits
     assert torch.equal(after, adapter(model, negative, batch).logits)
@@ -636,7 +649,7 @@ def test_replace_of_what_cannot_be_replaced(variant):
     unknown = r"no variant of this adapter has a field 'coef'.*coeff"
     with pytest.raises(lf.LoraFuncError, match=unknown):
         adapter.replace(coef=-1.0)
-    other_shapes = r"\{'r': 8\} takes other parameters than .*; adapt anew"
+    other_shapes = r"\{'r': 8\} needs other parameters than .*: call lf.adapt"
     with pytest.raises(lf.LoraFuncError, match=other_shapes):
         adapter.replace(r=8)
     with pytest.raises(lf.LoraFuncError, match="coeff must be a finite number"):

@@ -1,4 +1,4 @@
-"""Laws of `collect`: what a statistic says of a layer is what the dense formula says of all its tokens at once."""
+"""Laws of `collect`: a statistic equals the dense formula over all tokens of a layer at once."""
 
 from __future__ import annotations
 
@@ -11,35 +11,25 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from hypothesis import given
 from hypothesis import strategies as st
 from models import adapted, checkpoint_activations, largest, state_of, text_batch, tiny_llama
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
 
 import lora_func as lf
 from lora_func.variants.loraga import MeanGradient
 
 ALL = lf.Targets(roles=())
-Q, K, V, O, GATE, UP, DOWN = (
-    f"model.layers.0.{path}_proj"
-    for path in (
-        "self_attn.q",
-        "self_attn.k",
-        "self_attn.v",
-        "self_attn.o",
-        "mlp.gate",
-        "mlp.up",
-        "mlp.down",
-    )
-)
+Q, K, V, O = (f"model.layers.0.self_attn.{name}_proj" for name in "qkvo")
+GATE, UP, DOWN = (f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens(lf.Statistic):
-    """All that a layer sees, kept: what the other statistics are compared with."""
+    """Keeps all that a layer sees, to compare the other statistics with."""
 
-    observes: str = "inputs"  # pyright: ignore
+    observes: str = "inputs"  # pyright: ignore[reportIncompatibleVariableOverride]  (a field here)
 
     def update(self, state, tokens):
         return tokens if state is None else torch.cat([state, tokens])
@@ -56,7 +46,7 @@ class RunningMax(lf.Statistic):
 
 @dataclass(frozen=True, kw_only=True)
 class Mine(lf.Variant):
-    """out = base_out + (x / max |x|) dᵀ, with a constant that is known from data alone."""
+    """out = base_out + (x / max |x|) dᵀ. Only data gives the constant max |x|."""
 
     @property
     def statistic(self):
@@ -75,24 +65,23 @@ class Mine(lf.Variant):
 
 
 class Chain(nn.Module):
-    """Two layers, with `between(number of the call)` between them."""
+    """Two layers. Between them, the forward calls `between()`."""
 
-    def __init__(self, between=lambda call: None):
+    def __init__(self, between):
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(5, 6), nn.Linear(6, 4)])
-        self.between, self.calls = between, []
+        self.between = between
 
     def forward(self, x):
-        self.calls.append(len(x))
         h = self.layers[0](x)
-        self.between(len(self.calls))
+        self.between()
         return self.layers[1](h)
 
 
 def close(a: lf.Moments, b: lf.Moments, tolerance: float) -> bool:
-    assert a.n == b.n
+    """Relative to the largest entry, which counts as 1 at least."""
     pairs = [(a.mean, b.mean), (a.scatter, b.scatter)]
-    return all(
+    return a.n == b.n and all(
         (x.double() - y.double()).abs().max() <= tolerance * max(1.0, y.abs().max().item())
         for x, y in pairs
     )
@@ -108,10 +97,15 @@ def layer(d: int = 5, dtype: torch.dtype = torch.float64) -> nn.Module:
     return nn.Sequential(nn.Linear(d, 3, dtype=dtype))
 
 
+def square(output, batch=None) -> torch.Tensor:
+    """A loss."""
+    return output.square().sum()
+
+
 def moments(batches, model=None, **options) -> lf.Moments:
-    return lf.collect(
-        layer() if model is None else model, ["0"], batches, lf.InputMoments(), **options
-    )["0"]
+    """Those of the inputs of layer "0"."""
+    model = layer() if model is None else model
+    return lf.collect(model, ["0"], batches, lf.InputMoments(), **options)["0"]
 
 
 # moments
@@ -124,7 +118,7 @@ def moments(batches, model=None, **options) -> lf.Moments:
     offset=st.sampled_from([0.0, 1.0, 1e4]),
 )
 def test_moments_are_those_of_all_tokens_at_once(n, cuts, seed, offset):
-    """However the tokens are split into batches, in whatever order, and however far from zero their mean is."""
+    """Neither the split into batches, nor the order, nor a mean far from zero matters."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 5, generator=generator, dtype=torch.float64) + offset
     expected = dense(x)
@@ -134,9 +128,8 @@ def test_moments_are_those_of_all_tokens_at_once(n, cuts, seed, offset):
     assert close(moments(split), expected, 1e-12)
     assert close(moments([x[torch.randperm(n, generator=generator)]]), expected, 1e-12)
     single = moments([part.float() for part in split], layer(dtype=torch.float32))
-    assert close(
-        single, dense(x.float()), 1e-5 * max(1.0, offset / 10)
-    )  # the mean has 7 digits; the scatter does not cancel
+    tolerance = 1e-5 * max(1.0, offset / 10)  # the mean has 7 digits; the scatter does not cancel
+    assert close(single, dense(x.float()), tolerance)
     assert single.mean.dtype == torch.float32
 
 
@@ -149,34 +142,58 @@ def test_covariance_and_second_moment():
     torch.testing.assert_close(found.about(origin), (x - origin).mT @ (x - origin) / 30)
 
 
+def covariance_of(y, linear):
+    """That of all outputs, bias included."""
+    return y.mT.cov(correction=0)
+
+
+def mean_of(y, linear):
+    """That of all outputs, bias included."""
+    return y.mean(0)
+
+
+def along_singular_vectors(y, linear):
+    """U, and the outputs without their bias in its basis, `[n, r]`."""
+    U = torch.linalg.svd(linear.weight.detach(), full_matrices=False)[0]
+    return (y if linear.bias is None else y - linear.bias.detach()) @ U
+
+
+def rms(y, linear):
+    """That of the outputs along each singular vector, without the bias."""
+    return along_singular_vectors(y, linear).square().mean(0).sqrt()
+
+
+def mean_abs(y, linear):
+    """That of the outputs along each singular vector, without the bias."""
+    return along_singular_vectors(y, linear).abs().mean(0)
+
+
 @pytest.mark.parametrize(
-    "statistic",
-    [lf.OutputMoments(), lf.OutputMeans(), lf.Projections(), lf.Projections(pool="mean_abs")],
-    ids=str,
+    ("statistic", "value_of", "formula"),
+    [
+        (lf.OutputMoments(), lambda found: found.covariance, covariance_of),
+        (lf.OutputMeans(), lambda found: found, mean_of),
+        (lf.Projections(), lambda found: found, rms),
+        (lf.Projections(pool="mean_abs"), lambda found: found, mean_abs),
+    ],
+    ids=lambda value: str(value) if isinstance(value, lf.Statistic) else "",
 )
-def test_statistics_of_outputs_equal_the_dense_formulas(statistic):
-    """Over the kept outputs, bias included where a statistic says so."""
+def test_statistics_of_outputs_equal_the_dense_formulas(statistic, value_of, formula):
+    """Over the kept outputs of layers with a bias and without."""
     model, batches = tiny_llama(attention_bias=True).double(), [text_batch() for _ in range(3)]
     kept = lf.collect(model, ALL, batches, Tokens(observes="outputs"))
     found = lf.collect(model, ALL, batches, statistic)
     for path, y in kept.items():
-        linear = model.get_submodule(path)
-        if isinstance(statistic, lf.OutputMoments):
-            assert close(found[path], dense(y), 1e-12)
-        elif isinstance(statistic, lf.OutputMeans):
-            torch.testing.assert_close(found[path], y.mean(0))
-        else:
-            U = torch.linalg.svd(linear.weight.detach(), full_matrices=False)[0]
-            z = ((y if linear.bias is None else y - linear.bias) @ U).detach()
-            torch.testing.assert_close(
-                found[path],
-                z.square().mean(0).sqrt() if statistic.pool == "rms" else z.abs().mean(0),
-            )
+        expected = formula(y, model.get_submodule(path))
+        torch.testing.assert_close(value_of(found[path]), expected)
 
 
 @pytest.mark.parametrize("pad", ["left", "right"])
 def test_padding_changes_nothing(pad):
-    """The same texts with and without padding: the same moments, up to the rounding of rotary angles, which are float32."""
+    """The same texts with and without padding give the same moments.
+
+    They agree up to the rounding of rotary angles, which are float32.
+    """
     model = tiny_llama().double()
     batch = text_batch(pad=pad)
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
@@ -186,18 +203,14 @@ def test_padding_changes_nothing(pad):
     )
     assert all(close(padded[path], expected[path], 1e-5) for path in expected)
     rubbish = {**batch, "input_ids": ids.masked_fill(~mask, 63)}
-    assert all(
-        torch.equal(a.scatter, padded[p].scatter)
-        for p, a in lf.collect(model, ALL, [rubbish], lf.InputMoments()).items()
-    )
+    found = lf.collect(model, ALL, [rubbish], lf.InputMoments())
+    assert all(torch.equal(found[path].scatter, padded[path].scatter) for path in padded)
 
 
-def test_an_example_of_nothing_but_padding_counts_for_nothing():
+def test_an_example_that_is_all_padding_counts_for_nothing():
     model, batch = tiny_llama().double(), text_batch()
-    empty = {
-        "input_ids": torch.zeros(2, 6, dtype=torch.long),
-        "attention_mask": torch.zeros(2, 6, dtype=torch.long),
-    }
+    zeros = torch.zeros(2, 6, dtype=torch.long)
+    empty = {"input_ids": zeros, "attention_mask": zeros}
     found = lf.collect(model, ALL, [empty, batch, empty], lf.InputMoments())
     expected = lf.collect(model, ALL, [batch], lf.InputMoments())
     assert all(torch.equal(found[path].scatter, expected[path].scatter) for path in expected)
@@ -209,7 +222,7 @@ def test_an_example_of_nothing_but_padding_counts_for_nothing():
     "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
 )
 def test_moments_are_summed_in_float32_at_least(dtype):
-    """Of what the layer sees, in its dtype."""
+    """The summands are the inputs of the layer, in its own dtype."""
     model, batches = tiny_llama().to(dtype), [text_batch(), text_batch()]
     kept, found = (
         lf.collect(model, ALL, batches, statistic) for statistic in (Tokens(), lf.InputMoments())
@@ -221,50 +234,49 @@ def test_moments_are_summed_in_float32_at_least(dtype):
         assert close(found[path], dense(x), 1e-5)
 
 
-@pytest.mark.parametrize("statistic", [lf.InputMoments(), lf.OutputGradients()], ids=str)
 @pytest.mark.parametrize(
-    "context",
+    ("statistic", "value_of"),
     [
-        torch.inference_mode,
-        torch.no_grad,
-        functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16),
+        (lf.InputMoments(), lambda found: found.scatter),
+        (lf.OutputGradients(), lambda found: found),
+    ],
+    ids=["InputMoments", "OutputGradients"],
+)
+@pytest.mark.parametrize(
+    ("context", "tolerance"),
+    [
+        (torch.inference_mode, 0),
+        (torch.no_grad, 0),
+        (functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16), 0.1),
     ],
     ids=["inference_mode", "no_grad", "autocast"],
 )
-def test_contexts_around_collect(context, statistic):
-    """Autocast rounds what the layers see, and nothing that is summed up; the others change nothing."""
+def test_contexts_around_collect(context, tolerance, statistic, value_of):
+    """Autocast rounds the inputs of layers, but no sum. Other contexts change nothing."""
     model, batches = tiny_llama(), [text_batch(), text_batch()]
     expected = lf.collect(model, [Q, DOWN], batches, statistic)
     with context():
-        fresh = (
-            {key: leaf.clone() for key, leaf in batch.items()} for batch in batches
-        )  # made inside, as a loader would
+        # A loader makes its batches inside of the context, too.
+        fresh = ({key: leaf.clone() for key, leaf in batch.items()} for batch in batches)
         found = lf.collect(model, [Q, DOWN], fresh, statistic)
     for path in expected:
-        a, b = (
-            stats[path].scatter if isinstance(statistic, lf.InputMoments) else stats[path]
-            for stats in (found, expected)
-        )
+        a, b = value_of(found[path]), value_of(expected[path])
         assert a.dtype == torch.float32
         assert not a.is_inference()
-        assert (a - b).abs().max() <= (
-            0.1 if context.__class__ is functools.partial else 0
-        ) * b.abs().max()
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
 def test_inputs_made_in_inference_mode():
-    """The input of the first layer is then an inference tensor."""
+    """The input of the first layer is an inference tensor here."""
     model, x = layer(), torch.randn(7, 5, dtype=torch.float64)
     with torch.inference_mode():
         made = x.clone()
     assert torch.equal(moments([made], model).scatter, moments([x], model).scatter)
-    gradients = [
-        lf.collect(model, ["0"], [batch], lf.OutputGradients(), loss=lambda y, _: y.square().sum())[
-            "0"
-        ]
-        for batch in (made, x)
-    ]
-    assert torch.equal(*gradients)
+
+    def gradient(batch):
+        return lf.collect(model, ["0"], [batch], lf.OutputGradients(), loss=square)["0"]
+
+    assert torch.equal(gradient(made), gradient(x))
 
 
 # who shares what
@@ -274,13 +286,16 @@ def test_layers_that_read_one_input_share_one_state():
     stats = lf.collect(tiny_llama(), ALL, [text_batch() for _ in range(3)], lf.InputMoments())
     assert stats[Q] is stats[K] is stats[V]
     assert stats[GATE] is stats[UP]
-    assert (
-        len({id(found) for found in stats.values()}) == 2 * 4
-    )  # two layers of: q k v, o, gate up, down
+    groups = ("q k v", "o", "gate up", "down")
+    assert len({id(found) for found in stats.values()}) == 2 * len(groups)  # two layers
 
 
 class Branch(nn.Module):
-    """Layers a, b and c. What they read depends on the batch: one tensor, one each, one that changes in place, or nothing."""
+    """Layers a, b and c, called in the order of the plan in the batch.
+
+    A step such as "a" reads the input. "a*" reads another tensor, and "a+" reads the input after a
+    change in place.
+    """
 
     def __init__(self):
         super().__init__()
@@ -308,22 +323,17 @@ class Branch(nn.Module):
     ids="; ".join,
 )
 def test_sharing_is_never_more_than_an_optimization(plans):
-    """Each layer's moments are those of what it alone saw, whatever the layers had in common, when, and how often."""
-    model, batches = (
-        Branch(),
-        [{"x": torch.randn(3, 4, dtype=torch.float64), "plan": plan} for plan in plans],
-    )
-    own = {name: [] for name in "abc"}
-    hooks = [
-        getattr(model, name).register_forward_hook(
-            lambda _, args, __, name=name: own[name].append(args[0].clone())
+    """Each layer's moments are those of its own inputs, whichever inputs the layers share."""
+    x = torch.randn(len(plans), 3, 4, dtype=torch.float64)
+    model, batches = Branch(), [{"x": rows, "plan": plan} for rows, plan in zip(x, plans)]
+    own: dict[str, list[torch.Tensor]] = {name: [] for name in "abc"}
+    watched = copy.deepcopy(model)
+    for name, seen in own.items():
+        watched.get_submodule(name).register_forward_hook(
+            lambda _, args, __, seen=seen: seen.append(args[0].clone())
         )
-        for name in own
-    ]
     for batch in copy.deepcopy(batches):
-        model(**batch)
-    for hook in hooks:
-        hook.remove()
+        watched(**batch)
     stats = lf.collect(model, list(own), batches, lf.InputMoments())
     for name, seen in own.items():
         assert close(stats[name], dense(torch.cat(seen)), 1e-12)
@@ -344,24 +354,19 @@ class Reshaping(nn.Module):
 def test_flattened_tokens_with_a_mask():
     model, ids = Reshaping(), torch.randint(0, 20, (3, 5))
     mask = (torch.rand(3, 5) > 0.4).long()
-    found = lf.collect(
-        model, ["flat"], [{"input_ids": ids, "attention_mask": mask}], lf.InputMoments()
-    )["flat"]
+    batch = {"input_ids": ids, "attention_mask": mask}
+    found = lf.collect(model, ["flat"], [batch], lf.InputMoments())["flat"]
     assert close(found, dense(model.embed(ids)[mask.bool()].detach()), 1e-5)
 
 
 def test_a_layer_to_which_the_mask_does_not_apply_is_named():
-    model, batch = (
-        Reshaping(),
-        {"input_ids": torch.randint(0, 20, (3, 5)), "attention_mask": torch.ones(3, 5)},
-    )
-    assert (
-        lf.collect(model, ["pool"], [batch], lf.InputMoments())["pool"].n == 3
-    )  # nothing is padded: nothing to apply
-    batch["attention_mask"][0, 3:] = 0
-    with pytest.raises(
-        lf.LoraFuncError, match=r"'pool' sees an input of shape \(3, 4\).*Leave the layer out"
-    ):
+    """It stands in nobody's way while nothing is padded."""
+    model, mask = Reshaping(), torch.ones(3, 5)
+    batch = {"input_ids": torch.randint(0, 20, (3, 5)), "attention_mask": mask}
+    assert lf.collect(model, ["pool"], [batch], lf.InputMoments())["pool"].n == 3
+    mask[0, 3:] = 0
+    message = r"'pool' sees an input of shape \(3, 4\).*Leave the layer out"
+    with pytest.raises(lf.LoraFuncError, match=message):
         lf.collect(model, ["pool"], [batch], lf.InputMoments())
 
 
@@ -369,13 +374,12 @@ def test_a_layer_to_which_the_mask_does_not_apply_is_named():
 
 
 def own_gradients(model, batches, paths, loss=None):
-    """Those of autograd, with respect to weights that require grad."""
+    """Autograd's gradients of the summed losses with respect to the weights."""
     model = copy.deepcopy(model).requires_grad_(False)
     weights = [model.get_submodule(path).weight.requires_grad_() for path in paths]
-    total = sum(
-        model(**batch).loss if loss is None else loss(model(**batch), batch) for batch in batches
-    )
-    return dict(zip(paths, torch.autograd.grad(total, weights)))
+    outputs = [model(**batch) for batch in batches]
+    losses = [out.loss if loss is None else loss(out, b) for out, b in zip(outputs, batches)]
+    return dict(zip(paths, torch.autograd.grad(losses, weights)))
 
 
 def target_loss(output, batch):
@@ -386,20 +390,20 @@ def target_loss(output, batch):
 @pytest.mark.parametrize("loss", [None, target_loss], ids=["own loss", "loss="])
 @pytest.mark.parametrize("pad", ["left", "right"])
 def test_output_gradients_are_those_of_the_weights(loss, frozen, pad):
-    """Of the summed losses, at every layer, padded or not: the loss says which tokens count. Nothing gets a .grad."""
-    model, batches = (
-        tiny_llama().double().requires_grad_(not frozen),
-        [text_batch(pad=pad) for _ in range(3)],
-    )
+    """They are gradients of the summed losses, in every layer. No parameter gets a `.grad`.
+
+    The loss decides which tokens count, padded or not.
+    """
+    model = tiny_llama().double().requires_grad_(not frozen)
+    batches = [text_batch(pad=pad) for _ in range(3)]
     paths = list(ALL.find(model))
     before = state_of(model)
     found = lf.collect(model, paths, batches, lf.OutputGradients(), loss=loss)
     assert state_of(model) == before
     assert all(parameter.grad is None for parameter in model.parameters())
     expected = own_gradients(model, batches, paths, loss)
-    assert largest(found, expected) <= 1e-12 * max(
-        gradient.abs().max().item() for gradient in expected.values()
-    )
+    scale = max(gradient.abs().max().item() for gradient in expected.values())
+    assert largest(found, expected) <= 1e-12 * scale  # float64
 
 
 def test_mean_gradient_does_not_grow_with_the_number_of_batches():
@@ -419,16 +423,17 @@ def test_a_layer_called_twice_adds_both_gradients():
             return self.inner(self.inner(x).tanh())
 
     model, x = Twice(), torch.randn(3, 4, dtype=torch.float64)
-    found = lf.collect(
-        model, ["inner"], [x], lf.OutputGradients(), loss=lambda y, _: y.square().sum()
-    )["inner"]
-    (expected,) = torch.autograd.grad(model(x).square().sum(), model.inner.weight)
-    torch.testing.assert_close(found, expected)
+    found = lf.collect(model, ["inner"], [x], lf.OutputGradients(), loss=square)
+    (expected,) = torch.autograd.grad(square(model(x)), model.inner.weight)
+    torch.testing.assert_close(found["inner"], expected)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_activation_checkpointing(use_reentrant):
-    """A layer that runs once more in the backward pass is not counted twice; reentrant, no gradient passes, and it says so."""
+    """A layer that runs again in the backward pass is counted once.
+
+    Reentrant checkpointing lets no gradient pass, and is refused with a hint.
+    """
     model, batches = tiny_llama().double(), [text_batch()]
     statistics = {Q: lf.OutputGradients(), O: lf.InputMoments(), DOWN: lf.OutputMeans()}
     expected = lf.collect(model.train(), list(statistics), batches, statistics)
@@ -461,21 +466,20 @@ def test_an_input_that_is_overwritten_is_no_silent_error():
             h.zero_()
             return y
 
+    model, batches = Overwriting(), [torch.randn(2, 4)]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        lf.collect(
-            Overwriting(),
-            ["inner"],
-            [torch.randn(2, 4)],
-            lf.OutputGradients(),
-            loss=lambda y, _: y.sum(),
-        )
+        lf.collect(model, ["inner"], batches, lf.OutputGradients(), loss=square)
 
 
 # bad input
 
 
+LONG_MASK = {
+    "input_ids": torch.ones(1, 3, dtype=torch.long),
+    "attention_mask": torch.zeros(1, 1, 3, 3),
+}
 MESSAGES = {
-    "no batch": (dict(batches=[]), "batches is empty, or an iterator that was used up"),
+    "no batch": (dict(batches=[]), "batches is empty, or an iterator that is used up"),
     "unknown layer": (
         dict(targets=[Q.replace("q_proj", "q_porj")]),
         r"no layer .*q_porj.*Did you mean .*q_proj",
@@ -483,7 +487,7 @@ MESSAGES = {
     "not linear": (dict(targets=["model.norm"]), "not a linear layer"),
     "statistic without a target": (
         dict(statistic={K: lf.InputMoments()}),
-        f"statistic names none for '{Q}'",
+        f"statistic has none for '{Q}'",
     ),
     "no labels": (
         dict(statistic=lf.OutputGradients()),
@@ -502,21 +506,14 @@ MESSAGES = {
         "does not depend on any target",
     ),
     "mask of another kind": (
-        dict(
-            batches=[
-                {
-                    "input_ids": torch.ones(1, 3, dtype=torch.long),
-                    "attention_mask": torch.zeros(1, 1, 3, 3),
-                }
-            ]
-        ),
+        dict(batches=[LONG_MASK]),
         r"attention_mask has shape \(1, 1, 3, 3\); \[batch, tokens\]",
     ),
 }
 
 
 @pytest.mark.parametrize(("options", "message"), MESSAGES.values(), ids=MESSAGES.keys())
-def test_errors_say_what_would_do(options, message):
+def test_errors_say_how_to_fix_them(options, message):
     batch = text_batch()
     del batch["labels"]
     arguments = {"targets": [Q], "batches": [batch], "statistic": lf.InputMoments(), **options}
@@ -532,13 +529,9 @@ def test_a_used_up_iterator():
 
 
 def test_a_layer_that_is_never_called_is_named():
+    batch = {"x": torch.ones(1, 4, dtype=torch.float64), "plan": "a b"}
     with pytest.raises(lf.LoraFuncError, match="no token of these batches reached 'c'"):
-        lf.collect(
-            Branch(),
-            ["a", "c"],
-            [{"x": torch.ones(1, 4, dtype=torch.float64), "plan": "a b"}],
-            lf.InputMoments(),
-        )
+        lf.collect(Branch(), ["a", "c"], [batch], lf.InputMoments())
 
 
 def test_adapt_says_when_data_is_missing_or_useless():
@@ -553,32 +546,16 @@ def test_adapt_says_when_data_is_missing_or_useless():
 
 
 def test_encoder_decoder():
-    """Two kinds of tokens and one mask: an error where something is padded, right where nothing is, or the loss decides."""
-    model = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=32,
-            d_model=16,
-            d_kv=8,
-            d_ff=24,
-            num_layers=1,
-            num_heads=2,
-            decoder_start_token_id=0,
-        )
-    ).eval()
+    """One mask does not say which tokens of both sides count, so padding is refused.
+
+    Without padding all tokens count; for gradients the loss decides.
+    """
+    model = ARCHITECTURES["t5"][0]().eval()
     ids, labels = torch.randint(1, 32, (2, 5)), torch.randint(1, 32, (2, 4))
-    mask = torch.ones_like(ids)
     path = "decoder.block.0.layer.0.SelfAttention.q"
-    assert (
-        lf.collect(
-            model,
-            [path],
-            [dict(input_ids=ids, attention_mask=mask, labels=labels)],
-            lf.InputMoments(),
-        )[path].n
-        == 8
-    )
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    padded = dict(input_ids=ids, attention_mask=mask, labels=labels)
+    whole = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+    assert lf.collect(model, [path], [whole], lf.InputMoments())[path].n == labels.numel()
+    padded = {**whole, "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])}
     with pytest.raises(lf.LoraFuncError, match=r"two kinds of tokens.*without padding"):
         lf.collect(model, [path], [padded], lf.InputMoments())
     found = lf.collect(model, [path], [padded], lf.OutputGradients())
@@ -602,21 +579,20 @@ def test_the_model_is_untouched(statistic):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("statistic", [lf.InputMoments(), lf.OutputGradients()], ids=str)
 def test_the_model_is_untouched_by_what_a_batch_raises(statistic, error):
-    """From the middle of its second forward. What comes after is as if it had not been."""
+    """The second batch raises in the middle of its forward. A later call works as if afresh."""
 
-    def fail(call):
-        if call == 2:
+    calls = itertools.count(1)
+
+    def fail():
+        if next(calls) == 2:
             raise error("in the middle")
 
     model, x = Chain(fail), torch.randn(3, 5)
     before = state_of(model)
-    collect = functools.partial(
-        lf.collect, model, ["layers.0", "layers.1"], loss=lambda y, _: y.sum()
-    )
     with pytest.raises(error, match="in the middle"):
-        collect([x, x, x], statistic)
+        lf.collect(model, ["layers.0", "layers.1"], [x, x, x], statistic, loss=square)
     assert state_of(model) == before
-    collect([x], statistic)
+    lf.collect(model, ["layers.0", "layers.1"], [x], statistic, loss=square)
     assert state_of(model) == before
 
 
@@ -629,7 +605,7 @@ def test_the_model_is_untouched_by_what_a_batch_raises(statistic, error):
     ids=lambda s: type(s).__name__,
 )
 def test_memory_does_not_grow_with_the_number_of_tokens(statistic):
-    """After 3 batches as many bytes of tensors are alive as after 30: what is kept is of the size of the layers."""
+    """As many bytes of tensors are alive after 30 batches as after 3."""
     model, alive = tiny_llama(), []
     weights = {id(parameter) for parameter in model.parameters()}
 
@@ -662,7 +638,7 @@ def test_a_statistic_of_ones_own():
 
 
 def test_a_variant_with_a_statistic_of_ones_own(tmp_path):
-    """It is calibrated, starts from the base's outputs, and reloads without data, to the bit."""
+    """It is calibrated, starts at the base's outputs to the bit, and reloads without data."""
     model, batch = tiny_llama(), text_batch()
     adapter, params = lf.adapt(model, Mine(), calibration=[batch])
     scale = 1 / lf.collect(model, adapter, [batch], RunningMax())[Q]
@@ -676,42 +652,44 @@ def test_a_variant_with_a_statistic_of_ones_own(tmp_path):
         lf.adapt(model, Mine())
 
 
-@pytest.mark.parametrize("use", ["calibration", "stats"])
-def test_one_pass_serves_all_variants(use):
-    """Layers with a statistic, with another, and without one; every batch runs through the model once."""
+def test_one_pass_serves_all_variants():
+    """Each batch runs through the model once, for layers with two statistics and with none."""
 
-    class Calls(nn.Module):
+    calls = itertools.count()
+
+    class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.chain, self.head = Chain(), nn.Linear(4, 3)
+            self.chain, self.head = Chain(lambda: next(calls)), nn.Linear(4, 3)
 
         def forward(self, x):
             return self.head(self.chain(x))
 
-    model, batches = Calls(), [torch.randn(8, 5) for _ in range(4)]
+    model, batches = Net(), [torch.randn(8, 5) for _ in range(4)]
     rules = {r"layers\.0$": lf.EVA(r=2, rho=1.0), r"layers\.1$": Mine(), "head": lf.LoRA(r=2)}
-    adapter, params = lf.adapt(
-        model, rules, targets=ALL, calibration=batches, generator=torch.Generator().manual_seed(0)
-    )
-    assert len(model.chain.calls) == 4
-    if use == "stats":
-        statistics = {
-            path: variant.statistic
-            for path, variant in adapter.variants.items()
-            if variant.statistic is not None
-        }
-        stats = lf.collect(model, statistics, batches, statistics)
-        again, same = lf.adapt(
-            model, rules, targets=ALL, stats=stats, generator=torch.Generator().manual_seed(0)
-        )
-        assert largest({**params, **adapter.frozen}, {**same, **again.frozen}) == 0
+
+    def adapt(**data):
+        generator = torch.Generator().manual_seed(0)
+        return lf.adapt(model, rules, targets=ALL, generator=generator, **data)
+
+    adapter, params = adapt(calibration=batches)
+    assert next(calls) == len(batches)
+    statistics = {
+        path: variant.statistic
+        for path, variant in adapter.variants.items()
+        if variant.statistic is not None
+    }
+    stats = lf.collect(model, list(statistics), batches, statistics)
+    assert next(calls) == 1 + 2 * len(batches)  # the first question counts, too
+    again, same = adapt(stats=stats)
+    assert largest({**params, **adapter.frozen}, {**same, **again.frozen}) == 0
 
 
 # progress
 
 
 class Terminal:
-    """A standard error that may be a terminal, and keeps what is written."""
+    """A standard error, of a terminal or of a file, that keeps its text."""
 
     encoding = "utf-8"
 
@@ -730,7 +708,8 @@ class Terminal:
 
 @pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "file"])
 @pytest.mark.parametrize("progress", [None, True, False])
-def test_a_progress_bar_where_it_is_wanted(progress, terminal, monkeypatch):
+def test_a_progress_bar_only_if_it_is_wanted(progress, terminal, monkeypatch):
+    """By default a terminal gets one, and a file gets none."""
     stderr = Terminal(terminal)
     monkeypatch.setattr(sys, "stderr", stderr)
     moments([torch.randn(2, 5, dtype=torch.float64)], progress=progress)
@@ -738,7 +717,7 @@ def test_a_progress_bar_where_it_is_wanted(progress, terminal, monkeypatch):
 
 
 def test_without_tqdm(monkeypatch):
-    """Nothing is shown; where a bar was asked for, the error says what to install."""
+    """Nothing is shown. A call that asks for a bar fails, and says what to install."""
     monkeypatch.setitem(sys.modules, "tqdm", None)
     batches = [torch.randn(2, 5, dtype=torch.float64)]
     moments(batches)
@@ -748,12 +727,11 @@ def test_without_tqdm(monkeypatch):
 
 @pytest.mark.parametrize("variant", [lf.EVA(r=2), lf.AntiPaSTO(r=2)], ids=repr)
 def test_stats_without_a_target(variant):
-    """Not even a variant that can do without data starts without it in silence where stats were given."""
+    """Missing stats are an error, even for a variant that can do without data."""
     model, targets = tiny_llama(), lf.Targets(names=(r"(q|v)_proj$",))
     stats = lf.collect(model, targets, [text_batch()], variant.statistic)
     path = next(iter(stats))
     stats[path.replace("q_proj", "qproj")] = stats.pop(path)
-    with pytest.raises(
-        lf.LoraFuncError, match=rf"stats has nothing for '{path}'.* Did you mean '.*qproj'"
-    ):
+    message = rf"stats has nothing for '{path}'.* Did you mean '.*qproj'"
+    with pytest.raises(lf.LoraFuncError, match=message):
         lf.adapt(model, variant, targets=targets, stats=stats)

@@ -1,4 +1,4 @@
-"""`save` where it goes wrong: killed, without space, without permission.
+"""`save` under failure: killed, without space, without permission.
 
 The old file stays, or the new one is whole. Run as a script with a folder, a seed and a number,
 this file kills that many processes in the middle of a save and prints what each left. Each is
@@ -33,6 +33,8 @@ from lora_func.files import atomic
 from lora_func.files import format as file_format
 
 NAME = "adapter.safetensors"
+SAFETENSORS = file_format.safetensors
+OPEN = "open"  # the builtin, which a global of a module hides
 STEPS = ("open", "write", "fsync", "replace", "replaced", "folder")
 
 
@@ -44,10 +46,9 @@ def job(size: int = 512) -> tuple[nn.Module, lf.Adapter, dict[str, torch.Tensor]
 
 
 def value_of(path: Path, model: nn.Module) -> float:
-    """The one value of all parameters in a file. Raises where it is not whole."""
-    values = {
-        value for leaf in lf.load(path, model)[1].values() for value in leaf.unique().tolist()
-    }
+    """The one value of all parameters in a file. Raises if the file is not whole."""
+    leaves = lf.load(path, model)[1].values()
+    values = {value for leaf in leaves for value in leaf.unique().tolist()}
     assert len(values) == 1, f"a mixture of {values}"
     return values.pop()
 
@@ -64,7 +65,7 @@ def die() -> None:
 
 
 def die_at(step: str) -> None:
-    """Lets this process die just before a step of `replace_file` (in the middle of it, for "write")."""
+    """Lets this process die just before a step of `replace_file`, or halfway through "write"."""
     fsync, replace = os.fsync, os.replace
 
     class Half:
@@ -96,15 +97,15 @@ def die_at(step: str) -> None:
 
     os.fsync, os.replace = sync, rename
     if step == "open":
-        atomic.open = lambda *_: die()  # pyright: ignore
+        setattr(atomic, OPEN, lambda *_: die())
     if step == "write":
-        atomic.open = lambda *arguments: Half(Path.open(*arguments))  # pyright: ignore
+        setattr(atomic, OPEN, lambda *arguments: Half(Path.open(*arguments)))
 
 
 def killed(start: Callable[[int], None], after: float | None) -> None:
-    """Forks a process that runs `start(pipe)` and kills it, `after` seconds from its sign of life.
+    """Forks a process that runs `start(pipe)`, and kills it `after` seconds from its sign of life.
 
-    None: it kills itself.
+    If `after` is None, the process kills itself.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -125,7 +126,7 @@ def killed(start: Callable[[int], None], after: float | None) -> None:
 
 
 def kill_many(folder: Path, seed: int, count: int) -> dict[str, Any]:
-    """What `count` kills at random moments, and one kill at each step, leave of a file."""
+    """The state of a file after `count` kills at random moments, and after one at each step."""
     torch.set_num_threads(1)
     model, adapter, params = job()
     path, rng = folder / NAME, random.Random(seed)
@@ -138,11 +139,14 @@ def kill_many(folder: Path, seed: int, count: int) -> dict[str, Any]:
             for choice in choices:
                 lf.save(path, adapter, choice)
 
-    def save_once(pipe: int, step: str) -> None:
-        new = scaled(params, 2)
-        die_at(step)
-        os.write(pipe, b".")
-        lf.save(path, adapter, new)
+    def save_once(step: str) -> Callable[[int], None]:
+        def start(pipe: int) -> None:
+            new = scaled(params, 2)
+            die_at(step)
+            os.write(pipe, b".")
+            lf.save(path, adapter, new)
+
+        return start
 
     def temporaries() -> list[str]:
         return sorted(file.name for file in folder.iterdir() if file != path)
@@ -164,16 +168,16 @@ def kill_many(folder: Path, seed: int, count: int) -> dict[str, Any]:
         clean()
     for step in STEPS:
         lf.save(path, adapter, params)
-        killed(lambda pipe: save_once(pipe, step), None)  # noqa: B023  (it is called at once)
+        killed(save_once(step), None)
         steps[step] = [value_of(path, model), len(temporaries())]
-        lf.save(path, adapter, params)  # what is left does not stand in the way of the next
+        lf.save(path, adapter, params)  # a file that was left behind is no obstacle
         clean()
     return {"values": values, "left": left, "steps": steps}
 
 
 @pytest.fixture(scope="module")
 def after_kills(tmp_path_factory) -> dict[str, Any]:
-    """What `kill_many` found."""
+    """The result of `kill_many`."""
     folder = tmp_path_factory.mktemp("kills")
     command = [sys.executable, __file__, str(folder), "0", str(KILLS)]
     child = subprocess.run(
@@ -249,21 +253,15 @@ def raising(
     ("failure", "error"),
     [
         pytest.param(full_disk, OSError, id="full disk"),
-        pytest.param(
-            raising(file_format.safetensors, "save"), KeyboardInterrupt, id="first serialization"
-        ),
-        pytest.param(
-            raising(file_format.safetensors, "save", 1),
-            KeyboardInterrupt,
-            id="second serialization",
-        ),
+        pytest.param(raising(SAFETENSORS, "save"), KeyboardInterrupt, id="first serialization"),
+        pytest.param(raising(SAFETENSORS, "save", 1), KeyboardInterrupt, id="second serialization"),
         pytest.param(raising(atomic.shutil, "copymode"), KeyboardInterrupt, id="mode"),
         pytest.param(raising(os, "fsync"), KeyboardInterrupt, id="sync"),
         pytest.param(raising(os, "replace"), KeyboardInterrupt, id="rename"),
     ],
 )
 def test_a_failure_leaves_the_old_file(saved, monkeypatch, failure, error):
-    """Wherever it comes: the error arrives, the old file is whole, and no temporary file stays."""
+    """The error is raised at whichever step. The old file is whole, and no temporary file stays."""
     model, adapter, params, path = saved
     with failure(monkeypatch), pytest.raises(error):
         lf.save(path, adapter, scaled(params, 2))
@@ -273,7 +271,7 @@ def test_a_failure_leaves_the_old_file(saved, monkeypatch, failure, error):
 
 @contextlib.contextmanager
 def anyone() -> Iterator[None]:
-    """As a user to whom permissions apply: not as root."""
+    """Acts as a user to whom permissions apply, not as root."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
@@ -284,7 +282,7 @@ def anyone() -> Iterator[None]:
 
 
 def test_without_permission(saved):
-    """A closed folder and a closed file raise the system's own errors, and nothing changes."""
+    """Closed folders and files raise the system's own errors, and nothing changes."""
     model, adapter, params, _ = saved
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
         folder = Path(name)
@@ -304,18 +302,17 @@ def test_without_permission(saved):
 
 
 def test_synced_before_it_is_renamed(saved, monkeypatch):
-    """Content first, then the name, then the folder that holds the name.
+    """The content is synced first, then renamed, then its folder is synced.
 
-    So a power cut finds the old file or the new one.
+    So after a power cut there is the old file or the new one.
     """
     _, adapter, params, path = saved
     events, fsync, replace = [], os.fsync, os.replace
 
     def sync(descriptor):
         status = os.fstat(descriptor)
-        events.append(
-            "sync folder" if stat.S_ISDIR(status.st_mode) else f"sync {status.st_size} bytes"
-        )
+        folder = stat.S_ISDIR(status.st_mode)
+        events.append("sync folder" if folder else f"sync {status.st_size} bytes")
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", sync)
@@ -325,7 +322,7 @@ def test_synced_before_it_is_renamed(saved, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_synced(saved, monkeypatch):
-    """Some file systems cannot: the file is saved all the same."""
+    """Some file systems cannot sync a folder. The file is saved all the same."""
     model, adapter, params, path = saved
     fsync = os.fsync
 
@@ -341,7 +338,7 @@ def test_a_folder_that_cannot_be_synced(saved, monkeypatch):
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_a_new_file_has_the_mode_of_any_new_file(saved, mask):
-    """What the umask leaves, as `open` would."""
+    """The umask decides it, as for `open`."""
     _, adapter, params, path = saved
     before = os.umask(mask)
     try:
@@ -353,7 +350,7 @@ def test_a_new_file_has_the_mode_of_any_new_file(saved, mask):
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444])
 def test_a_replaced_file_keeps_its_mode(saved, mode):
-    """What was private stays private, also when the path is a link to the file."""
+    """A private file stays private, even if it is replaced through a link."""
     model, adapter, params, path = saved
     path.chmod(mode)
     link = path.with_name("link")
@@ -366,7 +363,7 @@ def test_a_replaced_file_keeps_its_mode(saved, mode):
 
 
 def test_a_name_of_255_bytes(saved):
-    """The temporary file beside it needs a name too."""
+    """The name of its temporary file must not be longer."""
     model, adapter, params, path = saved
     for name in ("n" * 255, "ü" * 127):
         lf.save(path.with_name(name), adapter, params)
@@ -374,7 +371,7 @@ def test_a_name_of_255_bytes(saved):
 
 
 def test_a_device_is_not_replaced(saved):
-    """Nor a pipe: root could lose /dev/null."""
+    """Nor is a pipe. Otherwise root could lose /dev/null."""
     _, adapter, params, path = saved
     os.mkfifo(path.with_name("pipe"))
     with pytest.raises(lf.LoraFuncError, match="is a device or a pipe"):

@@ -1,27 +1,33 @@
-"""The demo: its data, its command line, and a short run on the real model that it embeds."""
+"""The demo: its data, its command line, and a short run on the embedded model."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import re
+from importlib import metadata
 
 import pytest
+import tokenizers
 import torch
 import tyro
+from models import tiny_llama
+from transformers import PreTrainedTokenizerFast
 
 import lora_func as lf
 from lora_func.demo import data
-from lora_func.demo.__main__ import TRAINABLE, Demo, answered, encode, main
+from lora_func.demo.__main__ import TRAINABLE, Demo, answered, encode, main, variant_of
 from lora_func.demo.model import embedded, gguf_file
 
 
 def test_any_variant_of_the_catalogue():
-    """Every one that has something to train can be built as the demo builds it."""
+    """The demo builds every variant that trains, with the rank times the width of its card."""
     assert set(TRAINABLE) == lf.VARIANTS.keys() - {"ssteer"}
-    for kind in (lf.VARIANTS[name] for name in TRAINABLE):
-        rank = {"r": 8 * kind.card.width} if "r" in kind.__dataclass_fields__ else {}
-        kind(**rank, **kind.card.settings)
+    for name in TRAINABLE:
+        variant = variant_of(Demo(variant=name, r=4))
+        assert variant.name() == name
+        assert getattr(variant, "r", None) in (None, 4 * variant.card.width)
 
 
 def test_every_option_is_explained(capsys):
@@ -44,9 +50,8 @@ def test_word_problems_are_right_and_repeat():
         equations = re.findall(r"(\d+) ([*+-]) (\d+) = \$?(-?\d+)", problem.answer)
         assert equations
         for a, sign, b, result in equations:
-            assert {"*": int(a) * int(b), "+": int(a) + int(b), "-": int(a) - int(b)}[sign] == int(
-                result
-            )
+            apply = {"*": operator.mul, "+": operator.add, "-": operator.sub}[sign]
+            assert apply(int(a), int(b)) == int(result)
         assert problem.answer.endswith(f"#### {equations[-1][-1]}")
         assert int(equations[-1][-1]) >= 0
 
@@ -75,10 +80,7 @@ def test_the_format_of_gsm8k(gsm8k):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            None,
-            "there is no file '.*train.jsonl'; expected JSON lines with 'question' and 'answer'",
-        ),
+        (None, "there is no file '.*train.jsonl'; expected JSON lines with 'question' and"),
         (
             '{"question": "q", "answer": "a"}\nnope',
             r"train.jsonl:2: expected an object with 'question' and 'answer'",
@@ -95,7 +97,7 @@ def test_bad_data(tmp_path, content, message):
 
 
 def test_without_a_folder_and_without_the_hub(monkeypatch, capsys):
-    """It says that the hub did not answer, and why, and makes its own."""
+    """The demo says that the hub did not answer, and why, and generates word problems."""
 
     def no_network(*_, **__):
         raise OSError("no network")
@@ -103,14 +105,13 @@ def test_without_a_folder_and_without_the_hub(monkeypatch, capsys):
     monkeypatch.setattr(data.HfApi, "dataset_info", no_network)
     train, held_out, source = data.find_examples(None, 6, 2, seed=0)
     assert (len(train), len(held_out)) == (6, 2)
-    assert (
-        "word problems made by lora_func (the hub did not answer; --data takes a folder" in source
-    )
+    made = "word problems made by lora_func (the hub did not answer; --data takes a folder"
+    assert made in source
     assert "the hub did not answer (OSError: no network)" in capsys.readouterr().out
 
 
 class Characters:
-    """A tokenizer."""
+    """A tokenizer that makes a token of every character."""
 
     eos_token_id = 1
 
@@ -119,16 +120,16 @@ class Characters:
 
 
 def test_questions_that_leave_no_room_for_an_answer(capsys):
-    """A loss over no label is NaN: such examples are left out and counted, and all of them refused."""
+    """A loss over no label is NaN. The demo leaves such examples out, and needs one other."""
     short, long = data.Example("2+2?", "4"), data.Example("a question without end", "yes")
     assert answered(Characters(), [short, long], 30) == [short]
-    assert "1 of 2 questions fill 30 tokens, and are left out" in capsys.readouterr().out
+    assert "left out 1 of 2: the question alone fills 30 tokens" in capsys.readouterr().out
     with pytest.raises(lf.LoraFuncError, match="length=10 cuts off the answer of every example"):
         answered(Characters(), [short, long], 10)
 
 
 def test_a_model_in_a_gguf_file(tmp_path):
-    """The file itself, or a folder that holds one and no config."""
+    """A model is found by its file, or by a folder that holds one such file and no config."""
     file = embedded()
     assert gguf_file(file) == file
     (tmp_path / "model.gguf").symlink_to(file)
@@ -136,11 +137,11 @@ def test_a_model_in_a_gguf_file(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert gguf_file(tmp_path) is None
     assert gguf_file(tmp_path / "HuggingFaceTB" / "SmolLM2-135M") is None
-    with pytest.raises(lf.LoraFuncError, match="there is no file '.*none.gguf'"):
+    with pytest.raises(lf.LoraFuncError, match=r"there is no file '.*none.gguf'"):
         gguf_file(tmp_path / "none.gguf")
     (tmp_path / "config.json").unlink()
     (tmp_path / "other.gguf").symlink_to(file)
-    with pytest.raises(lf.LoraFuncError, match="several GGUF files, .*; name one of them"):
+    with pytest.raises(lf.LoraFuncError, match=r"several GGUF files, .*; name one of them"):
         gguf_file(tmp_path)
 
 
@@ -154,11 +155,10 @@ def test_the_loss_is_on_the_answers():
 
 
 def test_a_short_run_on_the_real_model(tmp_path, capsys):
-    """SmolLM2-135M-Instruct, three steps: everything that the long run writes, and a base that stays the same."""
-    problems = [
-        json.dumps(dataclasses.asdict(problem)) for problem in data.word_problems(40, seed=0)
-    ]
-    (tmp_path / "train.jsonl").write_text("\n".join(problems))
+    """Three steps on SmolLM2-135M-Instruct write every file, and leave the base as it was."""
+    problems = data.word_problems(40, seed=0)
+    lines = [json.dumps(dataclasses.asdict(problem)) for problem in problems]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
     out = tmp_path / "out"
     demo = Demo(
         variant="dora",
@@ -174,21 +174,59 @@ def test_a_short_run_on_the_real_model(tmp_path, capsys):
     assert result == json.loads((out / "result.json").read_text())
     assert result["base unchanged"] is True
     assert result["identity error"] == result["reload error"] == 0
-    assert (result["targets"], result["trainable"]) == (
-        60,
-        30 * (8 * (576 + 576) + 576 + 8 * (576 + 192) + 192),
-    )
+    q_proj, v_proj = 8 * (576 + 576) + 576, 8 * (576 + 192) + 192  # A, B and magnitudes
+    assert (result["targets"], result["trainable"]) == (60, 30 * (q_proj + v_proj))
     assert result["loss after"] < result["loss before"]
     assert len(result["losses"]) == 3
     assert result["completion before"]
-    assert {file.name for file in out.iterdir()} == {
-        "adapter.safetensors",
-        "loss.png",
-        "report.md",
-        "result.json",
-    }
+    written = sorted(file.name for file in out.iterdir())
+    assert written == ["adapter.safetensors", "loss.png", "report.md", "result.json"]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     report = (out / "report.md").read_text()
     assert "| base unchanged      | True" in report
     assert result["question"] in report
     assert "loss after" in capsys.readouterr().out
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a tiny model whose tokens are characters, and with questions to train on."""
+    letters = {c: i for i, c in enumerate(sorted({*"Question:\nAnswer 0123456789+?~"}))}
+    tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="?"))
+    tokens.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="~").save_pretrained(tmp_path)
+    tiny_llama().save_pretrained(tmp_path)
+    lines = [json.dumps({"question": f"{i}+1?", "answer": f"{i + 1}"}) for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def short(folder, **options) -> Demo:
+    """A run on the tiny model, of two steps."""
+    small = {"steps": 2, "batch_size": 2, "held_out": 2, "length": 40, "device": "cpu"}
+    paths = {"model": str(folder), "data": folder, "out": folder / "out"}
+    return Demo(**{**small, **paths, **options})
+
+
+def test_a_run_from_a_source_tree(folder, monkeypatch):
+    """The report needs no metadata of an installed lora_func."""
+    version = metadata.version
+
+    def not_installed(name):
+        if name in ("lora_func", "lora-func"):
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(metadata, "version", not_installed)
+    assert main(short(folder))["ran on"]["lora_func"] == lf.__version__
+
+
+@pytest.mark.parametrize("cut", ["train", "test"])
+def test_a_run_whose_answers_are_all_cut_off(folder, cut):
+    """It stops before training: a loss over no label is NaN."""
+    lines = (folder / "train.jsonl").read_text()
+    (folder / "test.jsonl").write_text(lines)
+    (folder / f"{cut}.jsonl").write_text(lines.replace("?", "?" * 40))
+    with pytest.raises(lf.LoraFuncError, match="length=40 cuts off the answer of every example"):
+        main(short(folder))
+    assert not (folder / "out").exists()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from lora_func import linalg
 
-F64 = {"dtype": torch.float64}
+F64: dict[str, Any] = {"dtype": torch.float64}
 
 
 def eye(n: int) -> Tensor:
@@ -19,7 +21,7 @@ def eye(n: int) -> Tensor:
 
 
 def test_a_low_rank_difference_is_zero_at_its_anchors():
-    """To the bit, in every dtype, for anchors that the dtype cannot hold."""
+    """It is zero to the bit in every dtype, even for anchors that the dtype cannot hold."""
     A0, B0 = torch.randn(3, 5, **F64), torch.randn(4, 3, **F64)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         A, B = linalg.low_rank_difference(A0.to(dtype), B0.to(dtype), A0, B0)
@@ -27,7 +29,7 @@ def test_a_low_rank_difference_is_zero_at_its_anchors():
 
 
 def test_a_low_rank_update_of_nothing():
-    """No tokens, no rank, no features: the shape is that of the base."""
+    """Without tokens, rank or features it has the shape of the base."""
     for tokens, r, i, o in ((0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)):
         base, x = torch.randn(tokens, o), torch.randn(tokens, i)
         out = linalg.low_rank_update(base, x, torch.randn(r, i), torch.randn(o, r), 2.0)
@@ -69,7 +71,7 @@ def test_compact_wy_of_zero_rows():
 
 @pytest.mark.parametrize("length", [1e-5, 1.0, 1e8, 1e15])
 def test_compact_wy_sees_directions_alone(length):
-    """In float32, for any length between the clamp and the overflow of a square."""
+    """In float32 this holds for any length between the clamp and the overflow of a square."""
     U = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     U = U / U.norm(dim=1, keepdim=True)
     expected, given = linalg.compact_wy(U), linalg.compact_wy(length * U)
@@ -77,7 +79,7 @@ def test_compact_wy_sees_directions_alone(length):
 
 
 def test_compact_wy_of_nearly_parallel_vectors():
-    """The triangle that is solved has ones on its diagonal: R is orthogonal for a singular U."""
+    """R is orthogonal even for a singular U: the solved triangle has ones on its diagonal."""
     u = torch.randn(8, **F64)
     U = u + 1e-9 * torch.randn(6, 8, **F64)
     V, K = linalg.compact_wy(U)
@@ -107,7 +109,7 @@ def test_skew_of_a_batch_and_of_none():
 
 @pytest.mark.parametrize("size", [0.0, 1e-12, 1.0, 1e3, 1e6])
 def test_cayley_is_orthogonal_at_any_size(size):
-    """I - X is well conditioned along with its inverse: its singular values are at least 1."""
+    """The singular values of I - X are at least 1, so the solve is well conditioned."""
     X = linalg.skew(size * torch.randn(10, **F64), 5)
     R = eye(5) + linalg.cayley_minus_identity(X)
     torch.testing.assert_close(R @ R.mT, eye(5))
@@ -117,9 +119,24 @@ def test_cayley_is_orthogonal_at_any_size(size):
 
 
 def test_cayley_keeps_what_a_difference_would_lose():
-    """For tiny X, R - I = 2X + O(X²): computed as R less I it would be rounding."""
-    X = linalg.skew(1e-12 * torch.randn(3), 3)
-    torch.testing.assert_close(linalg.cayley_minus_identity(X), 2 * X, rtol=1e-6, atol=1e-20)
+    """Its diagonal is of order X². In R itself, all of that is rounded away beside the 1."""
+    X = linalg.skew(1e-5 * torch.randn(3), 3)
+    given, expected = linalg.cayley_minus_identity(X), linalg.cayley_minus_identity(X.double())
+    torch.testing.assert_close(given.double(), expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [linalg.cayley_minus_identity, lambda X: torch.cat(linalg.compact_wy(X))],
+    ids=["cayley", "compact_wy"],
+)
+def test_small_solves_run_in_float32_under_autocast(function):
+    """Called from `apply`, say. bfloat16 would round their Gram matrices."""
+    X = linalg.skew(torch.randn(10), 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        given = function(X)
+    assert given.dtype == torch.float32
+    assert torch.equal(given, function(X))
 
 
 # decompositions
@@ -127,7 +144,7 @@ def test_cayley_keeps_what_a_difference_would_lose():
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 5), (3, 7), (7, 3)], ids=str)
 def test_top_svd_of_all_triplets(shape):
-    """r = min(m, n): the factors give W back."""
+    """With r = min(m, n) the factors give W back."""
     W = torch.randn(shape, **F64)
     for niter in (None, 2):
         U, S, V = linalg.top_svd(W, min(shape), niter, torch.Generator().manual_seed(0))
@@ -137,7 +154,7 @@ def test_top_svd_of_all_triplets(shape):
 
 
 def test_top_svd_of_a_matrix_without_rank():
-    """Zero rows, a zero matrix, fewer directions than asked for: finite and orthonormal."""
+    """The factors are finite and orthonormal even if W has fewer than r directions."""
     W = torch.zeros(6, 4, **F64)
     W[2] = torch.randn(4, **F64)
     for matrix in (W, torch.zeros(6, 4, **F64)):
@@ -149,7 +166,7 @@ def test_top_svd_of_a_matrix_without_rank():
 
 
 def test_top_svd_of_an_ill_conditioned_matrix():
-    """Singular values over 14 orders of magnitude: the large ones keep their digits."""
+    """Of singular values over 14 orders of magnitude, the large ones keep their digits."""
     Q, P = (torch.linalg.qr(torch.randn(8, 8, **F64)).Q for _ in range(2))
     S = 10.0 ** -torch.arange(0, 16, 2, **F64)
     found = linalg.top_svd(Q * S @ P, 4)[1]
@@ -168,12 +185,14 @@ def test_top_svd_computes_in_float32_under_autocast():
 
 @pytest.mark.parametrize("rank", [0, 1, 5])
 def test_matrix_root(rank):
-    """Also of a singular matrix, and of one with rounding below zero."""
+    """The root exists for a singular matrix, and for one with eigenvalues rounded below zero."""
     X = torch.randn(5, rank, **F64)
     C = X @ X.mT - 1e-17 * eye(5)
     root = linalg.matrix_root(C, 1e-3)
     torch.testing.assert_close(root @ root, C + 1e-3 * eye(5))
     torch.testing.assert_close(root, root.mT)
+    below = linalg.matrix_root(-1e-3 * eye(5), 1e-6)  # further below zero than eps is above
+    torch.testing.assert_close(below, 1e-3 * eye(5))
 
 
 # draws
@@ -189,3 +208,11 @@ def test_draws_come_from_the_generator():
     assert first.dtype == torch.float32
     assert first.abs().max() <= 1 / 3
     assert linalg.uniform((0, 2), 1.0, generator).shape == (0, 2)
+
+
+def test_draws_are_uniform_about_zero():
+    """Within the bound, on both sides: 1000 draws have a mean within 5 of its deviations."""
+    draw = linalg.uniform((1000,), 3.0, torch.Generator().manual_seed(0))
+    assert draw.abs().max() <= 3
+    assert draw.mean().abs() < 5 * 3 / 3000**0.5
+    assert draw.abs().mean() == pytest.approx(1.5, rel=0.1)

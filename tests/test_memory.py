@@ -1,4 +1,4 @@
-"""What an adapter makes autograd keep for backward, in bytes, beyond what the frozen base keeps."""
+"""The bytes that an adapter makes autograd keep for backward, beyond those of the frozen base."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ over_trained = pytest.mark.parametrize(
 @over_trained
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_bytes_kept_for_backward(case, bias):
-    """The input once, [tokens, r] intermediates, and what the case says; nothing dense."""
+    """It keeps the input once, [tokens, r] intermediates, the case's activations, nothing dense."""
     model, x = Block(bias), torch.randn(TOKENS, D, requires_grad=True)
     variant, targets = case.variant(R), lf.Targets()
     adapter, params = lf.adapt(model, variant, targets=targets, **data_for(variant, model, targets))
@@ -68,10 +68,5 @@ def test_bytes_kept_for_backward(case, bias):
 
 
 def test_the_measure_notices_a_dense_matrix():
-    x, A, B = (
-        torch.randn(TOKENS, D),
-        torch.randn(R, D, requires_grad=True),
-        torch.randn(D, R, requires_grad=True),
-    )
-    x.requires_grad_()
+    x, A, B = (torch.randn(size, requires_grad=True) for size in ((TOKENS, D), (R, D), (D, R)))
     assert max(kept(lambda: x @ (B @ A).mT).values()) >= DENSE

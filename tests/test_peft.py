@@ -27,7 +27,7 @@ over_compared = pytest.mark.parametrize("case", compared.values(), ids=compared.
 
 
 class Net(nn.Module):
-    """One adapted layer between two that are not, so that gradients arrive from both sides."""
+    """One adapted layer between two others, so that gradients arrive from both sides."""
 
     def __init__(self, bias: bool, d_in: int = 24, d_out: int = 16):
         super().__init__()
@@ -47,14 +47,14 @@ def config_of(case: Case) -> Any:
     fields: dict[str, Any] = {"target_modules": ["target"]}
     if known.rank is not None:
         fields[known.rank] = R
-    if hasattr(variant, "scale") and known.config == "LoraConfig":
-        fields["lora_alpha"] = variant.scale * R
+    if known.config == "LoraConfig":
+        fields["lora_alpha"] = getattr(variant, "scale", 1.0) * R
     fields |= {k: ["target"] if v == TARGETS else v for k, v in known.fields.items()}
     return getattr(peft, known.config)(**{**fields, **case.peft.fields})
 
 
 def pair(case: Case, model: nn.Module) -> tuple[lf.Adapter, dict[str, Tensor], nn.Module, dict]:
-    """Our adapter with moved parameters, and PEFT's model with the same ones."""
+    """Our adapter, moved parameters, PEFT's model with the same ones, and those of its layer."""
     adapter, params = lf.adapt(model, case.variant(R), targets=HERE)
     theirs = peft.get_peft_model(copy.deepcopy(model), config_of(case))
     own = {n.split("target.")[1]: p for n, p in theirs.named_parameters() if "target." in n}
@@ -104,23 +104,24 @@ def test_number_of_parameters(case: Case):
 
 
 def test_pissa_finds_their_factors():
-    """Up to the signs of singular vectors, which the product does not see."""
+    """The signs of singular vectors are free, and cancel in the product."""
     model, case = Net(bias=True), CASES["pissa"]
     adapter, _ = lf.adapt(model, case.variant(R), targets=HERE)
-    theirs = peft.get_peft_model(copy.deepcopy(model), config_of(case)).base_model.model.target
-    assert_close(
-        adapter.frozen["target.lora_B0"] @ adapter.frozen["target.lora_A0"],
-        theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight,
-    )
+    theirs: Any = peft.get_peft_model(copy.deepcopy(model), config_of(case))
+    A0, B0 = (adapter.frozen[f"target.lora_{leaf}"] for leaf in ("A0", "B0"))
+    layer = theirs.base_model.model.target
+    assert_close(B0 @ A0, layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
 
 
-def test_what_a_card_says_of_peft_is_compared():
-    """Every method that PEFT has is compared here, or its init is, in test_peft_inits.py."""
+def test_every_method_of_peft_is_compared():
+    """It is compared here, or its init is, in test_peft_inits.py."""
     named = {name for name, kind in lf.VARIANTS.items() if kind.card.peft is not None}
     here = {case.example.name() for case in compared.values()}
     assert named - here == {"corda", "loraga", "eva"}
 
 
-def assert_close(given: Tensor, reference: Tensor) -> None:
+def assert_close(given: Tensor | None, reference: Tensor | None) -> None:
+    assert given is not None
+    assert reference is not None
     assert given.shape == reference.shape
     assert (given - reference).abs().max() <= TOLERANCE * reference.abs().max()

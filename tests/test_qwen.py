@@ -1,26 +1,25 @@
-"""The probe on a real language model, here on a tiny one: its laws hold, each can be broken, and the hub is told apart."""
+"""bench/qwen.py on a tiny model: its laws hold, and a broken one is named.
+
+A hub that cannot be reached is told from one that answers with an error.
+"""
 
 from __future__ import annotations
 
 import copy
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import qwen
 import torch
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from models import text_batch, tiny_llama
 
 import lora_func as lf
 
-sys.path.append(str(Path(__file__).parents[1] / "bench"))
-import qwen
-
 
 def test_every_variant_of_the_catalogue():
-    assert {*qwen.TRAINABLE, "ssteer"} == {*lf.VARIANTS}  # which has nothing to train
+    assert {*qwen.TRAINABLE, "ssteer"} == {*lf.VARIANTS}  # SSteer has nothing to train
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def test_the_laws_hold(run, name):
     ],
 )
 def test_a_broken_adapter_is_named(run, monkeypatch, delta, law):
-    """LoRA with another delta: not 0 at init, NaN, always 0, without a gradient."""
+    """LoRA with a delta that is not 0 at init, NaN, always 0, or without a gradient."""
 
     def apply(self, x, base_out, weight, params):
         return base_out + delta(params["A"], params["B"])
@@ -71,7 +70,7 @@ def test_a_reload_that_differs_is_named(run, monkeypatch):
     "touch", [lambda p: p.data.add_(1.0), lambda p: setattr(p, "grad", torch.zeros_like(p))]
 )
 def test_a_base_that_was_touched_is_named(run, monkeypatch, touch):
-    """Its bits, or a gradient."""
+    """A change of its bits and a gradient on it break a law."""
 
     def copied(model):
         new = copy.deepcopy(model)
@@ -95,7 +94,7 @@ def test_only_a_missing_network_is_an_unreachable_hub(monkeypatch, error):
 
 
 def test_an_answer_that_is_an_error_is_raised(monkeypatch):
-    """No such model, no access: the network is there."""
+    """No such model and no access are no missing network."""
 
     def fail(*_, **__):
         raise HfHubHTTPError.__new__(HfHubHTTPError)

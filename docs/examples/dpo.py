@@ -1,6 +1,7 @@
-"""DPO (Rafailov et al. 2023, arXiv 2305.18290): the reference policy is the base model, which is just `model(**batch)`.
+"""DPO (Rafailov et al. 2023, arXiv 2305.18290): the reference policy is the base model itself.
 
-No second copy, no switching an adapter off: the adapted model and its base are two functions of the same weights.
+The adapted model and its base are two functions of the same weights. So there is no second copy,
+and no adapter to switch off.
 """
 
 import torch
@@ -11,11 +12,8 @@ import lora_func as lf
 
 beta = 0.1
 model = language_model()
-chosen, rejected = (
-    counting(8, step=1),
-    counting(8, step=2),
-)  # the same starts: prefer counting by one
-both = torch.cat([chosen, rejected])
+# From the same starts: chosen sequences count by one, rejected ones by two.
+both = torch.cat([counting(8, step=1), counting(8, step=2)])
 adapted_forward, params = lf.adapt(model, lf.LoRA(r=4), generator=torch.Generator().manual_seed(0))
 
 
@@ -40,8 +38,7 @@ for step in range(20):
     optimizer.zero_grad()
     value.backward()
     optimizer.step()
+    preferred = (margin > 0).float().mean()
     if step % 5 in (0, 4):
-        print(
-            f"step {step}: loss {value:.3f}, preferred in {(margin > 0).float().mean():.0%} of the pairs"
-        )
-assert (margin > 0).all()
+        print(f"step {step}: loss {value:.3f}, preferred in {preferred:.0%} of the pairs")
+assert preferred == 1

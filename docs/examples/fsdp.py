@@ -1,7 +1,12 @@
-"""Train an adapter of a model that no GPU holds whole: the base sharded by FSDP2, the adapter replicated.
+"""Train an adapter of a model that is too large for one GPU.
 
-torchrun --nproc-per-node 2 fsdp.py                                                    # a tiny Llama, gloo on the CPU
-torchrun --nproc-per-node 2 fsdp.py --hidden 8192 --layers 80 --dtype bfloat16         # 78e9 random weights, NCCL on two GPUs
+FSDP2 shards the base; the adapter is replicated. A tiny Llama, with gloo on the CPU:
+
+    torchrun --nproc-per-node 2 fsdp.py
+
+78e9 random weights, with NCCL on two GPUs:
+
+    torchrun --nproc-per-node 2 fsdp.py --hidden 8192 --layers 80 --dtype bfloat16
 """
 
 import argparse
@@ -12,19 +17,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_func as lf
 
 parser = argparse.ArgumentParser()
-parser.add_argument(
-    "--variant", default="LoRA", choices=["LoRA", "DoRA", "PiSSA", "DeLoRA", "IA3", "HRA"]
-)
+VARIANTS, DTYPES = ["LoRA", "DoRA", "PiSSA", "DeLoRA", "IA3", "HRA"], ["float32", "bfloat16"]
+parser.add_argument("--variant", default="LoRA", choices=VARIANTS)
 parser.add_argument("--hidden", type=int, default=64, help="a multiple of 64")
 parser.add_argument("--layers", type=int, default=2)
-parser.add_argument(
-    "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the base"
-)
+parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the base")
 parser.add_argument("--batch", type=int, default=4, help="sequences for each rank")
 parser.add_argument("--length", type=int, default=64)
 parser.add_argument("--steps", type=int, default=20)
@@ -38,7 +41,7 @@ if cuda:
 dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
 rank, ranks = dist.get_rank(), dist.get_world_size()
 mesh = init_device_mesh(device.type, (ranks,))
-torch.manual_seed(0)  # the same on all ranks, for the shards of the base and for the adapter
+torch.manual_seed(0)  # all ranks draw the same base and the same adapter
 
 config = LlamaConfig(
     vocab_size=128,
@@ -49,14 +52,13 @@ config = LlamaConfig(
 )
 config.dtype = getattr(torch, options.dtype)
 with torch.device("meta"):  # nothing is allocated
-    model = LlamaForCausalLM._from_config(config).requires_grad_(
-        False
-    )  # frozen before it is sharded
+    model = LlamaForCausalLM._from_config(config)
+model.requires_grad_(False)  # frozen before it is sharded
 for layer in model.model.layers:
     fully_shard(layer, mesh=mesh)
 fully_shard(model, mesh=mesh)
 model.to_empty(device=device)  # the shards of this rank
-model.init_weights()  # a real run would load a checkpoint here, as torch.distributed.checkpoint does
+model.init_weights()  # load a checkpoint here instead, with torch.distributed.checkpoint
 
 adapted_forward, params = lf.adapt(model, getattr(lf, options.variant)())
 leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
@@ -69,7 +71,7 @@ for step in range(options.steps):
     loss = adapted_forward(model, leaves, {"input_ids": ids, "labels": ids}).loss
     optimizer.zero_grad()
     loss.backward()
-    for tensor in (loss.detach_(), *(leaf.grad for leaf in leaves.values())):
+    for tensor in (loss.detach_(), *(leaf.grad for leaf in leaves.values())):  # mean over ranks
         dist.all_reduce(tensor)
         tensor.div_(ranks)
     optimizer.step()
@@ -77,17 +79,15 @@ for step in range(options.steps):
     if rank == 0:
         print(f"step {step + 1}: loss {losses[-1]:.3f}", flush=True)
 
-peak = (
-    torch.cuda.max_memory_allocated()
-    if cuda
-    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-)
-held, whole = (
-    sum(p.numel() * p.element_size() for p in ps)
-    for ps in ((p.to_local() for p in model.parameters()), model.parameters())
-)
+MiB = 2**20
+if cuda:
+    peak = torch.cuda.max_memory_allocated() / MiB
+else:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MiB
+shards = [p.to_local() for p in model.parameters() if isinstance(p, DTensor)]
+held, whole = (sum(t.nbytes for t in ts) / MiB for ts in (shards, model.parameters()))
 print(
-    f"rank {rank}: holds {held / 2**20:,.1f} of the base's {whole / 2**20:,.1f} MiB, peak {peak / 2**20:,.0f} MiB",
+    f"rank {rank}: holds {held:,.1f} of the base's {whole:,.1f} MiB, peak {peak:,.0f} MiB",
     flush=True,
 )
 assert losses[-1] < losses[0]

@@ -1,4 +1,4 @@
-"""A hypernetwork: another network writes the adapter of each example, and learns through it."""
+"""A hypernetwork: a second network writes the adapter of each example, and learns through it."""
 
 import torch
 from torch import nn
@@ -11,15 +11,19 @@ adapted_forward, start = lf.adapt(model, lf.IA3(), targets=lf.Targets(names=(r"(
 
 
 class Hypernetwork(nn.Module):
-    """What is known of an example, here the step in which it counts, to an adapter for it: leaves [examples, *shape]."""
+    """Maps what is known of an example to an adapter for it: leaves `[examples, *shape]`.
+
+    What is known here is the step in which the example counts.
+    """
 
     def __init__(self, tasks, width=32):
         super().__init__()
         self.body = nn.Sequential(nn.Embedding(tasks, width), nn.Linear(width, width), nn.Tanh())
-        self.heads = nn.ModuleList([nn.Linear(width, leaf.numel()) for leaf in start.values()])
-        for head in self.heads:
-            nn.init.zeros_(head.weight)  # every adapter starts at the start
+        heads = [nn.Linear(width, leaf.numel()) for leaf in start.values()]
+        for head in heads:  # zero, so that every adapter starts at `start`
+            nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
+        self.heads = nn.ModuleList(heads)
 
     def forward(self, task):
         hidden = self.body(task)

@@ -1,4 +1,7 @@
-"""Which training example helps which test example: dot products of gradients, as in TracIn (Pruthi et al. 2020, 2002.08484)."""
+"""Which training example helps which test example: dot products of their gradients.
+
+As in TracIn (Pruthi et al. 2020, arXiv 2002.08484).
+"""
 
 import torch
 from toy import counting, language_model, loss_per_example
@@ -21,12 +24,11 @@ def gradients(ids):
     return torch.cat([grad.flatten(1) for grad in grads.values()], dim=1)
 
 
-influence = (
-    gradients(train) @ gradients(test).T
-)  # [train, test]: by how much a step on i lowers the loss of j, per rate
+# [train, test]: by how much a step on example i lowers the loss of example j, per unit of rate
+influence = gradients(train) @ gradients(test).T
 print("influence of each training example (row) on each test example:", influence, sep="\n")
 
-# the check: take the step on each training example, all six in one pass, and look
+# The check: take a step on each training example, all six in one pass, and measure.
 rate = 1e-4
 _, grads = lf.value_and_grad(lambda each: losses(each, train).sum())(lf.expand(params, len(train)))
 stepped = {key: params[key] - rate * grads[key] for key in params}
@@ -34,4 +36,4 @@ owner = torch.arange(len(train)).repeat_interleave(len(test))
 after = losses(lf.select(stepped, owner), test.repeat(len(train), 1)).reshape(len(train), len(test))
 lowered = (losses(params, test) - after) / rate
 print("measured:", lowered, sep="\n")
-assert torch.allclose(influence, lowered, atol=0.1 * influence.abs().max())
+assert torch.allclose(influence, lowered, atol=0.1 * influence.abs().max().item())

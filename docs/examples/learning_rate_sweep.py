@@ -1,4 +1,7 @@
-"""Eight LoRAs with eight learning rates in one run, by a stock optimizer: one pass of the base serves all."""
+"""Eight LoRAs with eight learning rates in one run of a stock optimizer.
+
+One pass of the base serves all eight.
+"""
 
 import torch
 from toy import counting, language_model, loss_per_example
@@ -9,13 +12,15 @@ model, ids = language_model(), counting(8)
 rates = [10**exponent for exponent in (-5, -4.5, -4, -3.5, -3, -2.5, -2, -1.5)]
 adapted_forward, params = lf.adapt(model, lf.LoRA(r=4), generator=torch.Generator().manual_seed(0))
 
-# the same start for all: one dict of leaves for each, one parameter group for each
-adapters = [{key: leaf.clone().requires_grad_() for key, leaf in params.items()} for _ in rates]
+# All start alike. Each has a dict of leaves and a parameter group of its own.
+adapters = [
+    {key: leaf.detach().clone().requires_grad_() for key, leaf in params.items()} for _ in rates
+]
 optimizer = torch.optim.AdamW(
     [{"params": list(own.values()), "lr": rate} for own, rate in zip(adapters, rates)]
 )
 
-# adapter k sees rows 8k .. 8k+7: every adapter trains on the same eight sequences
+# Adapter k sees rows 8k .. 8k+7, so every adapter trains on the same eight sequences.
 owner = torch.arange(8).repeat_interleave(len(ids))
 for _ in range(30):
     each = lf.select(lf.stack(adapters), owner)

@@ -1,7 +1,9 @@
-"""MAML (Finn et al. 2017, arXiv 1703.03400) over adapters: learn a start from which one step learns a task.
+"""MAML (Finn et al. 2017, arXiv 1703.03400) over adapters.
 
-The inner steps of all tasks are one pass: expanded parameters, one gradient of the summed loss. The outer gradient goes
-through the inner one, which is why the attention is the eager one (fused kernels have no second derivative).
+It learns a start from which one step learns a task.
+The inner steps of all tasks are one pass: expanded parameters, one gradient of the summed loss.
+The outer gradient goes through the inner one. So attention is eager: fused kernels have no second
+derivative.
 """
 
 import torch
@@ -29,11 +31,8 @@ leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
 optimizer = torch.optim.Adam(leaves.values(), lr=outer_rate)
 gains = []
 for iteration in range(40):
-    sequences = counting(
-        tasks, step=0, seed=iteration
-    )  # a task is the one token that all its sequences are made of
-    support, query = sequences[:, :4], sequences
-    meta_loss = after_one_step(leaves, support, query).mean()
+    query = counting(tasks, step=0, seed=iteration)  # a task is to repeat one token
+    meta_loss = after_one_step(leaves, query[:, :4], query).mean()
     optimizer.zero_grad()
     meta_loss.backward()
     optimizer.step()

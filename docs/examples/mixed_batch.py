@@ -1,4 +1,4 @@
-"""One batch of prompts, four adapters: each prompt is continued by its own, in one call of generate."""
+"""One batch of prompts and four adapters: one call of `generate` continues each with its own."""
 
 import torch
 from toy import counting, language_model
@@ -16,10 +16,8 @@ served = lf.bind(adapted_forward, model, lf.select(lf.stack(users), ids))
 options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 tokens = served.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
 
-for prompt, user, row in zip(prompts, ids, tokens):
+for prompt, user, row in zip(prompts.split(1), ids.tolist(), tokens):
     alone = lf.bind(adapted_forward, model, users[user])
-    assert torch.equal(
-        row,
-        alone.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), **options)[0],
-    )
+    expected = alone.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    assert torch.equal(row, expected[0])
     print(f"user {user}: {row[5:].tolist()}")

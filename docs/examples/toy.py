@@ -1,4 +1,9 @@
-"""What the examples run on: a tiny Llama with random weights, and sequences that count. Put your own model and data here."""
+"""A tiny Llama with random weights, and sequences that count, for all examples.
+
+Put your own model and data in their place.
+"""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -7,27 +12,29 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCABULARY = 64
 
 
-def language_model(**changes):
+def language_model(**changes) -> Any:
+    """The same model at every call. `changes` are fields of its config."""
     torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    return (
-        LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes, **changes))
-        .eval()
-        .requires_grad_(False)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        **changes,
     )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def counting(n, step=1, length=16, seed=0):
-    """`[n, length]` token ids: start, start + step, start + 2 step, ..; step is an integer, or one for each sequence."""
+def counting(n, step: int | list[int] | torch.Tensor = 1, length=16, seed=0):
+    """Token ids `[n, length]`: start, start + step, start + 2 step, ..
+
+    `step` is one integer, or one for each sequence.
+    """
     start = torch.randint(VOCABULARY, (n, 1), generator=torch.Generator().manual_seed(seed))
     return (start + torch.as_tensor(step).reshape(-1, 1) * torch.arange(length)) % VOCABULARY
 
 
 def loss_per_example(logits, ids):
-    """Mean cross-entropy of each sequence, `[n]`: transformers' own loss is one number for the whole batch."""
+    """Mean cross-entropy of each sequence, `[n]`; transformers gives one for the whole batch."""
     return F.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none").mean(1)

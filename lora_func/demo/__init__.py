@@ -1,1 +1,1 @@
-"""The main job on real input: `python -m lora_func.demo` trains an adapter of a language model and reports what happened."""
+"""`python -m lora_func.demo` trains an adapter of a language model and writes a report."""

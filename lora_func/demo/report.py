@@ -27,13 +27,11 @@ ROWS = {
 def write_report(folder: Path, result: dict[str, Any]) -> None:
     """Prints the table, and writes `loss.png` and `report.md`."""
     table = [(name, form.format(result[name])) for name, form in ROWS.items()]
-    print(
-        "\n"
-        + tabulate(table, headers=("", result["variant"]), tablefmt="github", disable_numparse=True)
-    )
-    print(
-        f"\n{result['question']}\n\nbefore: {result['completion before']}\n\nafter:  {result['completion after']}\n"
-    )
+    headers = ("", result["variant"])
+    print("\n" + tabulate(table, headers=headers, tablefmt="github", disable_numparse=True))
+    print(f"\n{result['question']}\n")
+    print(f"before: {result['completion before']}\n")
+    print(f"after:  {result['completion after']}\n")
     plot_losses(folder / "loss.png", result)
     ran_on = ", ".join(f"{name} {value}" for name, value in result["ran on"].items())
     page = f"""# {result["variant"]} on {result["model"]}
@@ -42,9 +40,11 @@ Data: {result["data"]}. Ran on {ran_on}.
 
 {tabulate(table, headers=("", ""), tablefmt="github", disable_numparse=True)}
 
-The loss is that of the answers, on held-out examples. Identity error: largest difference of the logits to the base model's
-before training. Perturbation delta: the same after every parameter moved a little; 0 would mean that the adapter is inert.
-Base unchanged: the bits of the model's parameters and buffers (hash {result["base hash"]}) are the same before and after.
+The loss is that of the answers, on held-out examples.
+Identity error: the largest difference to the logits of the base model before training.
+Perturbation delta: the same after a small change of every parameter; 0 means an inert adapter.
+Base unchanged: whether the model's parameters and buffers have the same bits before and after
+training. Their hash before is {result["base hash"]}.
 
 ![loss](loss.png)
 
@@ -61,17 +61,16 @@ After:
 > {quoted(result["completion after"])}
 """
     (folder / "report.md").write_text(page, encoding="utf-8")
-    print(
-        f"wrote {folder}/: "
-        + ", ".join(("adapter.safetensors", "loss.png", "report.md", "result.json"))
-    )
+    print(f"wrote {folder}/: adapter.safetensors, loss.png, report.md, result.json")
 
 
 def quoted(text: str) -> str:
+    """The lines of a text as one quotation in Markdown, without the first mark."""
     return text.strip().replace("\n", "\n> ")
 
 
 def plot_losses(path: Path, result: dict[str, Any]) -> None:
+    """Draws the loss of every step, and the losses on held-out examples before and after."""
     losses = result["losses"]
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()

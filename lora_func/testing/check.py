@@ -105,5 +105,5 @@ def check_variant(
             where = f"on a layer of shape {shape}, x {tuple(layer.x.shape)} in {dtype}"  # pyright: ignore
             broken.append(f"{name} ({item.statement})\n    {where}: {detail}")
     if broken:
-        raise Broken(f"{variant} breaks {len(broken)} laws:\n  " + "\n  ".join(broken))
+        raise Broken(f"{variant} breaks {len(broken)} of the laws:\n  " + "\n  ".join(broken))
     return Report(variant, held, left_out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ def has_closed_form(variant: Variant) -> bool:
 @law()
 def purity(layer: Layer) -> None:
     """Two calls return the same bits and write to nothing; only leaves and x get gradients."""
-    leaves = {name: leaf.clone().requires_grad_() for name, leaf in layer.leaves().items()}
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in layer.leaves().items()}
     frozen = {name: t for name, t in layer.trained.items() if name not in leaves}
     constants = {**frozen, "W": layer.weight.matrix}
     if layer.weight.bias is not None:
@@ -144,7 +145,7 @@ def purity(layer: Layer) -> None:
 
 @law(dtypes=DTYPES)
 def identity_at_init(layer: Layer) -> None:
-    """The output at init is the base output, as closely as `card.at_init` says."""
+    """The output at init is the base output: to the bit, or as close as `card.at_init` says."""
     out, base_out = layer(layer.init), layer.base(layer.x)
     if layer.variant.card.at_init == "exact":
         expect_equal(out, base_out, "the output at init against the base output")
@@ -190,7 +191,7 @@ def rows_are_independent(layer: Layer) -> None:
 
 @law(dtypes=DTYPES)
 def shape_and_dtype(layer: Layer) -> None:
-    """Those of the base output, whatever the dtype of the parameters."""
+    """The output has those of the base output, whatever the dtype of the parameters."""
     base_out = layer.base(layer.x)
     for kept_in in DTYPES:
         leaves = {name: leaf.to(kept_in) for name, leaf in layer.leaves().items()}
@@ -220,7 +221,8 @@ def vmap_is_the_loop(layer: Layer) -> None:
     factors = torch.tensor([1.0, 1.1, 1.2], dtype=torch.float64)
     copies = {n: torch.stack([leaf * f for f in factors]) for n, leaf in layer.leaves().items()}
     loop = torch.stack([layer.at({n: leaf[k] for n, leaf in copies.items()}) for k in range(3)])
-    expect_close(torch.vmap(layer.at)(copies), loop, 1e-12, "vmap over parameters")
+    tolerance = 1e-12 * layer.condition  # products under vmap may sum in another order
+    expect_close(torch.vmap(layer.at)(copies), loop, tolerance, "vmap over parameters")
     if layer.x.dim() > 1:
         rows = torch.vmap(lambda row: layer(layer.trained, row))(layer.x)
         expect_close(rows, layer(layer.trained), 1e-12, "vmap over the rows of x")
@@ -229,7 +231,7 @@ def vmap_is_the_loop(layer: Layer) -> None:
 @law(leads=((2,),), largest=6, applies=lambda variant: variant.exact_gradient)
 def gradients(layer: Layer) -> None:
     """First and second derivatives in every leaf and in x are those of finite differences."""
-    inputs = [leaf.clone().requires_grad_() for leaf in layer.leaves().values()]
+    inputs = [leaf.detach().clone().requires_grad_() for leaf in layer.leaves().values()]
 
     def f(x: Tensor, *leaves: Tensor) -> Tensor:
         return layer({**layer.trained, **dict(zip(layer.names, leaves))}, x)
@@ -240,7 +242,10 @@ def gradients(layer: Layer) -> None:
         # Differences of differences lose half the digits twice.
         torch.autograd.gradgradcheck(f, point, atol=1e-4)
     except RuntimeError as error:
-        raise Broken(f"autograd against finite differences: {error}") from error
+        numbers = textwrap.shorten(
+            str(error), 400, placeholder=" .."
+        )  # torch prints whole matrices
+        raise Broken(f"autograd against finite differences: {numbers}") from error
 
 
 @law(leads=((8,),), largest=24, trains=True)
@@ -319,24 +324,28 @@ def reads_of_the_weight(layer: Layer) -> None:
     layer(layer.trained, weight=weight)
 
 
-@law()
+@law(dtypes=(torch.float64, torch.bfloat16))
 def draws_from_the_generator_alone(layer: Layer) -> None:
-    """One state of the generator gives one set of parameters; torch's own generator stays.
+    """The same seed gives the same parameters, and torch's own generator is not used.
 
-    They are in float32, or in the wider dtype of the weight.
+    They are in float32, or in the dtype of the weight if that is wider.
     """
+
+    def drawn() -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(7)
+        own = layer.variant.init(layer.weight, generator, layer.stats)
+        shared = layer.variant.init_shared([layer.weight], generator)
+        return own.trainable | own.frozen | shared.trainable | shared.frozen
+
     state = torch.get_rng_state()
-    first, second = (
-        layer.variant.init(layer.weight, torch.Generator().manual_seed(7), layer.stats)
-        for _ in range(2)
-    )
-    for name, leaf in first.trainable.items():
-        expect_equal(second.trainable[name], leaf, f"{name} drawn again from the same seed")
+    first, second = drawn(), drawn()
+    for name, leaf in first.items():
+        expect_equal(second[name], leaf, f"{name} drawn again from the same seed")
     expect(torch.equal(torch.get_rng_state(), state), "init drew from torch's own generator")
-    allowed = (torch.float32, layer.weight.dense().dtype)
-    for name, leaf in {**first.trainable, **first.frozen}.items():
-        floating = leaf.is_floating_point()
-        expect(not floating or leaf.dtype in allowed, f"{name} is in {leaf.dtype}, not {allowed}")
+    wide = torch.promote_types(layer.weight.dense().dtype, torch.float32)
+    for name, leaf in first.items():
+        fits = leaf.dtype in (torch.float32, wide) or not leaf.is_floating_point()
+        expect(fits, f"{name} is in {leaf.dtype}, not in {wide}")
 
 
 @law()

@@ -10,10 +10,10 @@ layer's variance are taken, and r_l counts those of layer l. With rho = 1 all ra
 from which none is taken gets no adapter. The scale alpha / r is what PEFT's adjusted
 alpha_l = alpha r_l / r comes to.
 
-The components are exact: moments are summed once and decomposed once. PEFT runs an incremental
-SVD that stops early, at its default tolerance with subspaces 0.7 in cosine from these; with a
-tight tolerance both agree. `center=False` takes the uncentred second moment, whose first direction
-is mostly the mean (as in lora-lite). The weight itself is never read.
+The components are exact: moments are summed over all tokens and decomposed once. PEFT updates a
+truncated SVD with each batch until it changes little. On one batch both agree; on many PEFT's is an
+approximation, also at a tight tolerance. `center=False` takes the uncentred second moment, whose
+first direction is mostly the mean (as in lora-lite). The weight itself is never read.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 
 from ..card import Card, Peft
 from ..checks import check_choice, check_positive, needs_data
+from ..errors import LoraFuncError
 from ..statistics import PrincipalComponents
 from ..variant import Params
 from .lora import LoRA
@@ -46,16 +47,18 @@ class EVA(LoRA):
         data="required",
         lr=2e-3,
         peft=Peft("LoraConfig", {"init_lora_weights": "eva"}),
-        beside_peft="exact components; PEFT's incremental SVD agrees at a tight tolerance",
+        beside_peft="exact components; PEFT's incremental SVD agrees on one batch",
     )
 
-    rho: float = 2.0  # a layer's rank is at most round(rho r); 1: the same rank everywhere
+    rho: float = 2.0  # at least 1: a layer's rank is at most round(rho r); 1: r everywhere
     center: bool = True  # components of the covariance; False: of the uncentred second moment
     whiten: bool = False  # divide each direction by the root of its singular value, as in PEFT
 
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "rho")
+        if self.rho < 1:
+            raise LoraFuncError(f"EVA(rho={self.rho!r}): rho must be at least 1")
         check_choice(self, "center", (False, True))
         check_choice(self, "whiten", (False, True))
 

@@ -83,6 +83,7 @@ class HRA(Variant):
 
     def merged(self, weight, params):
         # W R = W - (W Kᵀ) V
-        V, K = compact_wy(params["U"])
         W = at_least_float32(weight.dense())
+        V, K = compact_wy(params["U"].to(torch.promote_types(params["U"].dtype, W.dtype)))
+        W = W.to(V.dtype)
         return W - (W @ K.mT) @ V, weight.bias

@@ -9,10 +9,10 @@ x' = x + x (R - I) is x to the bit. `terms` = k takes the Cayley-Neumann series 
 the inverse, R = (I + Q)(I + Q + .. + Q^(k-2)): no solve, orthogonal up to O(|Q|^(k-1)). `share`
 uses one rotation for all blocks. The weight is never read, so every quantized layer works.
 
-PEFT takes the series by default (k = 5), and without it the inverse rotation, (I - Q)(I + Q)⁻¹: one
-set of numbers gives two adapters there. Here the sign is the paper's in both forms; v -> -v imports
-PEFT's exact form. PEFT's series is off the pattern for k < 4, which is refused here. PEFT adjusts a
-block size that does not divide d_in; here it is an error.
+PEFT takes the series by default (k = 5). Its exact form is the inverse rotation, (I - Q)(I + Q)⁻¹,
+so the same v gives two different adapters there. Here both forms have the paper's sign; -v imports
+PEFT's exact form. PEFT's series differs from the formula for k < 4, which is refused here. PEFT
+adjusts a block size that does not divide d_in; here it is an error.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ the bit, on quantized bases too. (QPiSSA, which quantizes the residual, is anoth
 weight is read once, at init, for its SVD.
 
 The product s B0 A0 does not depend on alpha. Training does: the first step of SGD moves the
-output by s times what it does for s = 1, and that of Adam by sqrt(s). alpha = None means r, as
-the authors have it.
+output s times as far as for s = 1, and that of Adam sqrt(s) times. alpha = None means r, as in the
+authors' code.
 """
 
 from __future__ import annotations

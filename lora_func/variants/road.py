@@ -92,7 +92,7 @@ class ROAD(Variant):
         (y1, y2), (c1, c2), (s1, s2) = (
             t.to(y.dtype).unflatten(-1, (-1, *pairs)).unbind(-2) for t in (y, c, s)
         )
-        first = torch.addcmul(torch.addcmul(y1, y1, c1), y2, -s1)
+        first = torch.addcmul(torch.addcmul(y1, y1, c1), y2, s1, value=-1)
         second = torch.addcmul(torch.addcmul(y2, y2, c2), y1, s2)
         return torch.stack([first, second], dim=-2).flatten(-3)
 

@@ -4,11 +4,12 @@ arXiv 2310.11454.
     out = base_out + lb ∘ ( (ld ∘ (x A[:, :d_in]ᵀ)) B[:d_out]ᵀ )
 
 A [r, largest d_in] and B [largest d_out, r] are random constants, one pair for all layers; each
-layer slices what it needs. Kaiming-uniform with gain sqrt(2), U(±sqrt(6 / columns)), as in PEFT.
-Trained are ld [r], from d_initial, and lb [d_out], from zero: the output at init is the base output
-to the bit, and only lb has a gradient there. Nothing of the weight is read. The shapes of A and B
-depend on which layers are adapted, so a seed alone does not give them back: the file stores them.
-PEFT has no alpha, nor has this file. r = 256 and d_initial = 0.1 are PEFT's defaults.
+layer slices what it needs. They are Kaiming-uniform with gain sqrt(2), U(±sqrt(6 / columns)), as
+in PEFT. Training moves ld [r], which starts at d_initial, and lb [d_out], which starts at zero. So
+the output at init is the base output to the bit, and only lb has a gradient there. Nothing of the
+weight is read. The shapes of A and B depend on which layers are adapted, so a seed alone does not
+give them back: the file stores them. As in PEFT there is no alpha, and r is 256 and d_initial 0.1
+by default.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""Every adapter and every transform on bitsandbytes' 4-bit and 8-bit layers: equal to the same on the dequantized model.
+"""Every adapter and every transform on bitsandbytes' 4-bit and 8-bit layers.
 
-`nox -s bnb` runs this, on the CPU and on a GPU where there is one. Without a bitsandbytes that loads it fails.
+Each must equal the same on the dequantized model. `nox -s bnb` runs these tests on the CPU, and on
+a GPU if there is one. They fail, and are not skipped, if bitsandbytes does not load.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
@@ -23,6 +25,7 @@ from models import (
     trained,
 )
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
@@ -32,9 +35,8 @@ from lora_func.weights.table import weight_of
 
 variants = catalogue()
 over_variants = pytest.mark.parametrize("variant", variants.values(), ids=variants.keys())
-over_at_base = pytest.mark.parametrize(
-    "variant", catalogue(at_base=True).values(), ids=catalogue(at_base=True).keys()
-)
+at_base = catalogue(at_base=True)
+over_at_base = pytest.mark.parametrize("variant", at_base.values(), ids=at_base.keys())
 over_kinds = pytest.mark.parametrize("kind", ["nf4", "fp4", "nf4, nested", "int8"])
 over_packings = pytest.mark.parametrize("kind", ["nf4", "nf4, nested"])
 Q_V_DOWN = lf.Targets(names=(r"(q|v|down)_proj$",))
@@ -49,22 +51,16 @@ def device(request):
     return request.param
 
 
-def pack(layer: nn.Linear, kind: str, device: str) -> nn.Module:
-    """`layer` as bitsandbytes packs it: on its way to the device."""
-    options = {"bias": layer.bias is not None}
+def pack(layer: nn.Linear, kind: str, device: str) -> Any:
+    """`layer`, packed by bitsandbytes, which does so when a layer moves to its device."""
+    sizes = (layer.in_features, layer.out_features, layer.bias is not None)
     if kind == "int8":
-        packed = bnb.nn.Linear8bitLt(
-            layer.in_features, layer.out_features, has_fp16_weights=False, **options
-        )
-        data = layer.weight.data.to(
-            "cpu", copy=True
-        )  # quantized on its way from the CPU, and only there
+        packed = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+        data = layer.weight.data.to("cpu", copy=True)  # it packs only what comes from the CPU
         packed.weight = bnb.nn.Int8Params(data, requires_grad=False, has_fp16_weights=False)
     else:
         packing = {"quant_type": kind[:3], "compress_statistics": kind.endswith("nested")}
-        packed = bnb.nn.Linear4bit(
-            layer.in_features, layer.out_features, compute_dtype=torch.float32, **packing, **options
-        )
+        packed = bnb.nn.Linear4bit(*sizes, compute_dtype=torch.float32, **packing)
         packed.weight = bnb.nn.Params4bit(layer.weight.data.clone(), requires_grad=False, **packing)
     if layer.bias is not None:
         packed.bias = nn.Parameter(layer.bias.data.clone(), requires_grad=False)
@@ -72,6 +68,7 @@ def pack(layer: nn.Linear, kind: str, device: str) -> nn.Module:
 
 
 def unpack(layer) -> nn.Linear:
+    """A float layer with the dequantized weight."""
     plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     plain.weight.data = weight_of(layer).dense().float()
     if layer.bias is not None:
@@ -79,36 +76,37 @@ def unpack(layer) -> nn.Linear:
     return plain
 
 
-def with_layers(model: nn.Module, kind: type[nn.Module], change) -> nn.Module:
-    """A copy of `model` in which the layers of a kind went through `change`; the head stays."""
+def with_layers(model: nn.Module, kind: type | tuple[type, ...], change) -> Any:
+    """A copy of `model` in which `change(layer)` replaces each layer of a kind, except the head."""
     model = copy.deepcopy(model)
     for path, module in list(model.named_modules()):
         if isinstance(module, kind) and "lm_head" not in path:
-            setattr(
-                model.get_submodule(path.rpartition(".")[0]),
-                path.rpartition(".")[2],
-                change(module),
-            )
+            model.set_submodule(path, change(module))
     return model.requires_grad_(False)
 
 
 def llama(**changes):
-    """Widths that bitsandbytes' kernel for CPUs with AVX512-BF16 takes: outputs by 32, inputs by 64."""
+    """A Llama of sizes that bitsandbytes' kernel for CPUs with AVX512-BF16 takes.
+
+    Its outputs are multiples of 32, and its inputs of 64.
+    """
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
     return tiny_llama(**sizes, attn_implementation="eager", attention_bias=True, **changes)
 
 
-def pair(kind: str, device: str = "cpu") -> tuple[nn.Module, nn.Module]:
-    """A quantized Llama, and the float one with its dequantized weights. 8-bit layers train: in eval they round their input."""
-    packed = with_layers(
-        llama().to(device), nn.Linear, functools.partial(pack, kind=kind, device=device)
-    )
+def pair(kind: str, device: str = "cpu") -> tuple[Any, Any]:
+    """A quantized Llama, and the float one with its dequantized weights.
+
+    Both are in train mode if the layers are 8-bit ones, which round their input in eval mode.
+    """
+    change = functools.partial(pack, kind=kind, device=device)
+    packed = with_layers(llama().to(device), nn.Linear, change)
     plain = with_layers(packed, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt), unpack).to(device)
     return (packed.train(), plain.train()) if kind == "int8" else (packed, plain)
 
 
-def calibration(variant, device):
-    """Through the layers' own kernels, where the variant looks at data."""
+def calibration(variant, device) -> dict[str, Any]:
+    """A batch for variants that look at data. It passes the layers' own kernels."""
     return {} if variant.statistic is None else {"calibration": [batch_on(device)]}
 
 
@@ -128,23 +126,22 @@ def loss_of(model, adapter, batch):
 
 def near(given, expected, tolerance=1e-5):
     """Relative to the largest entry of the whole dict."""
-    return largest(given, expected) <= tolerance * max(
-        1e-3, *(leaf.abs().max().item() for leaf in expected.values())
-    )
+    scale = max(1e-3, *(leaf.abs().max().item() for leaf in expected.values()))
+    return largest(given, expected) <= tolerance * scale
 
 
-# what every adapter does
+# all adapters
 
 
 @over_at_base
 @over_kinds
 def test_identity_at_init(variant, kind, device):
-    """The logits are those of the quantized model to the bit, with its own kernels, and finite nonzero gradients flow."""
+    """The logits are those of the quantized model. The gradients are finite, and not all 0."""
     model, batch = pair(kind, device)[0].eval(), batch_on(device)
     adapter, params = lf.adapt(model, variant, targets=Q_V_DOWN, **calibration(variant, device))
     logits, expected = adapter(model, params, batch).logits, model(**batch).logits
     if variant.card.at_init == "rounding" and kind == "int8":
-        # A rounding of the input may move its int8 code.
+        # A rounded input may fall to the next int8 code.
         assert (logits - expected).abs().max() <= 0.1 * expected.abs().max()
     else:
         assert_at_base(variant, logits, expected)
@@ -156,7 +153,7 @@ def test_identity_at_init(variant, kind, device):
 @over_variants
 @over_kinds
 def test_equals_the_dequantized_model(variant, kind, device):
-    """Outputs and gradients, by plain autograd through bitsandbytes' kernels and by torch.func through ours."""
+    """Outputs and gradients do, with bitsandbytes' kernels (autograd) and ours (torch.func)."""
     packed, plain = pair(kind, device)
     adapter, params = adapt(packed, variant, device)
     batch = batch_on(device)
@@ -164,15 +161,14 @@ def test_equals_the_dequantized_model(variant, kind, device):
     assert near(grad(loss_of(packed, adapter, batch))(params), expected)
     if device == "cpu" or kind != "int8":  # on CUDA, Linear8bitLt rounds its input in training, too
         assert near(lf.value_and_grad(loss_of(packed, adapter, batch))(params)[1], expected)
-        torch.testing.assert_close(
-            adapter(packed, params, batch).logits, adapter(plain, params, batch).logits
-        )
+        logits, expected = (adapter(model, params, batch).logits for model in (packed, plain))
+        torch.testing.assert_close(logits, expected)
 
 
 @over_variants
 @over_kinds
 def test_transforms(variant, kind, device):
-    """vmap, vmap of grad, jvp, jvp of grad: each equal to the same on the dequantized model."""
+    """vmap, vmap of grad, jvp, jvp of grad."""
     packed, plain = pair(kind, device)
     adapter, params = adapt(packed, variant, device)
     batch = batch_on(device)
@@ -184,9 +180,8 @@ def test_transforms(variant, kind, device):
     slope = jvp(f, (params,), (tangent,))[1]
     torch.testing.assert_close(slope, jvp(g, (params,), (tangent,))[1])
     assert slope != 0
-    assert near(
-        jvp(grad(f), (params,), (tangent,))[1], jvp(grad(g), (params,), (tangent,))[1], 1e-4
-    )  # twice the products
+    given, expected = (jvp(grad(h), (params,), (tangent,))[1] for h in (f, g))
+    assert near(given, expected, 1e-4)  # twice the products
 
 
 @over_variants
@@ -195,9 +190,8 @@ def test_populations(variant, device):
     packed, plain = pair("nf4, nested", device)
     adapter, params = adapt(packed, variant, device)
     batch, several = batch_on(device), lf.stack([trained(params) for _ in range(3)])
-    torch.testing.assert_close(
-        adapter(packed, several, batch).logits, adapter(plain, several, batch).logits
-    )
+    logits, same = (adapter(model, several, batch).logits for model in (packed, plain))
+    torch.testing.assert_close(logits, same)
     given, expected = (
         lf.value_and_grad(loss_of(m, adapter, batch))(lf.expand(params, 3))[1]
         for m in (packed, plain)
@@ -207,9 +201,9 @@ def test_populations(variant, device):
 
 @over_kinds
 def test_the_model_is_never_touched(kind):
-    """Transforms write nothing. (Outside of them bitsandbytes itself moves the scales of 8-bit layers at the first forward.)"""
+    """Neither a transform nor a call writes to it."""
     model, batch = pair(kind)[0], text_batch()
-    model(**batch)
+    model(**batch)  # at its first forward, bitsandbytes moves the scales of 8-bit layers
     before = state_of(model)
     adapter, params = adapt(model, lf.DoRA(r=4), "cpu")
     grad(loss_of(model, adapter, batch))(params)
@@ -219,12 +213,12 @@ def test_the_model_is_never_touched(kind):
     assert state_of(model) == before
 
 
-# what is particular to packed weights
+# packed weights
 
 
 @over_kinds
 def test_norms_are_those_of_the_dequantized_weight(kind, device):
-    """DeLoRA's column norms and DoRA's row norms; norms of packed bytes would be garbage."""
+    """DoRA takes norms of rows and DeLoRA norms of columns, not of the packed bytes."""
     packed, plain = pair(kind, device)
     path = "model.layers.0.self_attn.q_proj"
     W = plain.get_submodule(path).weight
@@ -246,47 +240,39 @@ def test_hessian(device):
         torch.func.hessian(lambda p, m=m: adapter(m, p, x).square().sum())(params)
         for m in (packed, plain)
     )
-    for key in params:
-        for other in params:
-            torch.testing.assert_close(
-                given[key][other], expected[key][other], rtol=1e-4, atol=1e-5
-            )
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_jvp_through_a_layer_that_is_not_adapted(device):
-    """bitsandbytes alone returns 0 here, without a word."""
+    """bitsandbytes alone silently returns 0 here."""
     packed, plain = pair("nf4", device)
-    adapter, params = lf.adapt(
-        packed, lf.LoRA(r=4), targets=lf.Targets(names=(r"layers.0.self_attn.v_proj$",))
-    )
+    target = lf.Targets(names=(r"layers.0.self_attn.v_proj$",))
+    adapter, params = lf.adapt(packed, lf.LoRA(r=4), targets=target)
     params, batch = trained(params), batch_on(device)
     tangent = {key: torch.randn_like(leaf) for key, leaf in params.items()}
     slope = jvp(loss_of(packed, adapter, batch), (params,), (tangent,))[1]
     torch.testing.assert_close(slope, jvp(loss_of(plain, adapter, batch), (params,), (tangent,))[1])
-    with torch.autograd.forward_ad.dual_level():  # the same, by forward-mode autograd
-        dual = {
-            key: torch.autograd.forward_ad.make_dual(leaf, tangent[key])
-            for key, leaf in params.items()
-        }
+    with forward_ad.dual_level():  # the same, by forward-mode autograd
+        dual = {key: forward_ad.make_dual(leaf, tangent[key]) for key, leaf in params.items()}
         assert in_transform()
         loss = loss_of(packed, adapter, batch)(dual)
-        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(loss).tangent, slope)
+        torch.testing.assert_close(forward_ad.unpack_dual(loss).tangent, slope)
     assert not in_transform()
 
 
 def test_the_dtype_in_which_a_layer_computes(device):
-    """bfloat16, as most configurations say, whatever the dtype of the input: the same inside of transforms."""
+    """Our product computes in the layer's bfloat16 for a float32 input, as bitsandbytes does."""
     layer = pack(nn.Linear(64, 8), "nf4", device)
     layer.compute_dtype, layer.compute_type_is_set = torch.bfloat16, True
     x = torch.randn(3, 64, device=device)
     given = weight_of(layer)(x)
     assert given.dtype == torch.float32
-    assert torch.equal(given, given.bfloat16().float())  # a value of bfloat16
+    assert torch.equal(given, given.bfloat16().float())  # it holds values of bfloat16
     torch.testing.assert_close(given + layer.bias, layer(x), rtol=1e-2, atol=1e-2)
 
 
 def test_a_bound_view_inside_a_transform(device):
-    """A view that was bound outside knows where it is called."""
+    """A view bound outside of a transform computes by our product when called inside of one."""
     packed, plain = pair("nf4", device)
     adapter, params = adapt(packed, lf.LoRA(r=4), device)
     bound, oracle = lf.bind(adapter, packed, params), lf.bind(adapter, plain, params)
@@ -299,15 +285,14 @@ def test_a_bound_view_inside_a_transform(device):
 
 
 def test_patched_by_accelerate():
-    """accelerate binds the layer's own forward; under transforms that of the copy must take its place."""
+    """accelerate's hook binds the forward of the original layer; the copy must run its own."""
     packed, plain = pair("nf4")
     add_hook_to_module(packed.model.layers[0].mlp.up_proj, ModelHook())
     add_hook_to_module(packed.model.layers[0].self_attn.q_proj, ModelHook())
     adapter, params = adapt(packed, lf.LoRA(r=4), "cpu")
     batch = text_batch()
-    assert near(
-        grad(loss_of(packed, adapter, batch))(params), grad(loss_of(plain, adapter, batch))(params)
-    )
+    given, expected = (grad(loss_of(model, adapter, batch))(params) for model in (packed, plain))
+    assert near(given, expected)
 
 
 def test_hooks_run_inside_transforms():
@@ -319,9 +304,8 @@ def test_hooks_run_inside_transforms():
     assert calls == [1]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*should not be instantiated:DeprecationWarning"
-)  # what dynamo itself does
+# dynamo itself does what it warns of.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled():
     torch._dynamo.reset()
     packed, _ = pair("nf4")
@@ -348,7 +332,7 @@ def test_checkpointed_and_generated():
 
 @over_kinds
 def test_memory_for_backward(kind):
-    """Nothing dense is kept: under our product the bytes are at most those of bitsandbytes' own path."""
+    """Our product keeps no dense weight, and no more bytes than bitsandbytes' own kernels."""
     packed, _ = pair(kind)
     batch = text_batch()
     embeds = packed.get_input_embeddings()(batch["input_ids"]).requires_grad_()
@@ -373,32 +357,28 @@ def test_memory_for_backward(kind):
         return sum(size for address, (size, _) in storages.items() if address not in own)
 
     assert kept(True) <= 1.05 * kept(False)
-    dense = sum(
-        4 * m.in_features * m.out_features for m in packed.modules() if hasattr(m, "in_features")
-    )
-    assert kept(True) < dense
+    linear = [module for module in packed.modules() if isinstance(module, nn.Linear)]
+    assert kept(True) < sum(4 * layer.in_features * layer.out_features for layer in linear)
 
 
 @over_variants
 @over_kinds
 def test_merge_is_dense(variant, kind):
-    """On the dequantized weight, in a dtype of choice; a float model with the merged weights computes the same."""
+    """Merged weights are dense, in the given dtype. A float model computes the same with them."""
     packed, plain = pair(kind)
     adapter, params = adapt(packed, variant, "cpu")
     batch = text_batch()
     merged = lf.merge(adapter, packed, params, dtype=torch.float32)
     assert all(t.dtype == torch.float32 for t in merged.values())
     plain.load_state_dict(merged, strict=False)
-    torch.testing.assert_close(
-        plain(**batch).logits, adapter(packed, params, batch).logits, rtol=1e-4, atol=1e-5
-    )
-    assert {t.dtype for t in lf.merge(adapter, packed, params, dtype=torch.bfloat16).values()} == {
-        torch.bfloat16
-    }
+    logits, expected = plain(**batch).logits, adapter(packed, params, batch).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    rounded = lf.merge(adapter, packed, params, dtype=torch.bfloat16)
+    assert {t.dtype for t in rounded.values()} == {torch.bfloat16}
 
 
 def test_files_go_between_quantized_and_float(tmp_path):
-    """With the warning that the base is another one, and without on the same."""
+    """Loading onto the other base warns that it is another one; loading onto the same does not."""
     base, batch = llama(), text_batch()
     packed = with_layers(base, nn.Linear, functools.partial(pack, kind="nf4", device="cpu"))
     for model, other in ((packed, base), (base, packed)):
@@ -417,19 +397,15 @@ def test_files_go_between_quantized_and_float(tmp_path):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_loaded_through_transformers(bits, device, tmp_path):
     llama().save_pretrained(tmp_path)
-    options = {"load_in_8bit": True}
-    if bits == 4:
-        options = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-        }
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    options: dict[str, Any] = {"load_in_4bit": True, **nf4} if bits == 4 else {"load_in_8bit": True}
     model = LlamaForCausalLM.from_pretrained(
         tmp_path,
         quantization_config=BitsAndBytesConfig(**options),
         device_map=device,
         attn_implementation="eager",
-    ).requires_grad_(False)  # bitsandbytes adds a bias in place on CPUs with AVX512-BF16
+    )
+    model.requires_grad_(False)  # bitsandbytes adds a bias in place on CPUs with AVX512-BF16
     batch = batch_on(device)
     adapter, params = lf.adapt(model, lf.PiSSA(r=4))
     assert torch.equal(adapter(model, params, batch).logits, model(**batch).logits)
@@ -445,11 +421,11 @@ def test_loaded_through_transformers(bits, device, tmp_path):
     assert lf.probe(adapter, model, params, batch).inert == ()
 
 
-# states in which a layer may be found
+# states of a layer
 
 
 def test_scales_that_have_moved():
-    """The scales of an 8-bit layer are on the weight before its first forward, and in the module's state after it."""
+    """The first forward of an 8-bit layer moves its scales from the weight to the module."""
     layer = pack(nn.Linear(64, 8), "int8", "cpu").train()
     before = weight_of(layer).dense()
     layer(torch.randn(2, 64))
@@ -459,7 +435,10 @@ def test_scales_that_have_moved():
 
 @over_packings
 def test_weights_repacked_for_a_cpu(kind):
-    """CPUs with AVX512-BF16 repack 4-bit layers in place, into bfloat16 scales, for a kernel without a backward."""
+    """On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit layers in place, with bfloat16 scales.
+
+    The kernel for them has no backward, so our product computes the gradient.
+    """
     layer = pack(nn.Linear(128, 64), kind, "cpu")
     before, x = weight_of(layer).dense(), torch.randn(3, 128, requires_grad=True)
     layer.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(
@@ -469,11 +448,10 @@ def test_weights_repacked_for_a_cpu(kind):
     after = weight_of(layer).dense()
     assert after.shape == (64, 128)
     torch.testing.assert_close(after.float(), before, rtol=2e-2, atol=1e-3)  # bfloat16
-    unchanged = vars(layer.weight.quant_state)
-    assert all(
-        torch.equal(v, state[k]) if isinstance(v, torch.Tensor) else True
-        for k, v in unchanged.items()
-    )
+    now = vars(layer.weight.quant_state)
+    tensors = [key for key, value in now.items() if isinstance(value, torch.Tensor)]
+    assert tensors
+    assert all(torch.equal(now[key], state[key]) for key in tensors)
     model = nn.Sequential(layer)
     adapter, params = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(roles=()))
     adapter(model, params, x).sum().backward()
@@ -496,18 +474,14 @@ def test_float_weights_in_an_8bit_layer(device):
     ids=["4bit", "8bit"],
 )
 def test_a_layer_that_is_not_quantized_yet(layer):
-    with pytest.raises(
-        lf.LoraFuncError,
-        match=r"'0' is a Linear\w+ that is not quantized yet: move the model to its device",
-    ):
+    message = r"'0' is a Linear\w+ that is not quantized yet: move the model to its device"
+    with pytest.raises(lf.LoraFuncError, match=message):
         lf.adapt(nn.Sequential(layer()), lf.LoRA(r=2), targets=lf.Targets(roles=()))
 
 
 def test_a_weight_that_was_packed_transposed():
     layer = pack(nn.Linear(64, 8), "nf4", "cpu")
     layer.in_features, layer.out_features = 8, 64
-    with pytest.raises(
-        lf.LoraFuncError,
-        match=r"'0' is a Linear4bit .* where a floating one of shape \(64, 8\) was expected",
-    ):
+    message = r"'0' is a Linear4bit .* where a floating one of shape \(64, 8\) was expected"
+    with pytest.raises(lf.LoraFuncError, match=message):
         lf.adapt(nn.Sequential(layer), lf.LoRA(r=2), targets=lf.Targets(roles=()))
