@@ -1,14 +1,15 @@
 """Adapters of the LoRA family as pure functions `(x, base_out, weight, params) -> out`.
 
-Public are the names in `__all__` here, and those in `__all__` of `lora_func.linalg`,
-`lora_func.checks`, `lora_func.statistics` and `lora_func.testing`, for variants of your own.
-Everything else may change without notice.
+The public names are those in `__all__` here and, for your own variants, in `__all__` of
+`lora_func.linalg`, `lora_func.checks`, `lora_func.statistics` and `lora_func.testing`. Everything
+else may change without notice.
 """
 
 from . import variants as _variants
+from .binding import bind
 from .card import Card, Peft
 from .engine.adapt import adapt
-from .engine.adapter import Adapter, bind
+from .engine.adapter import Adapter
 from .engine.collect import collect
 from .engine.targets import Targets
 from .errors import LoraFuncError

@@ -14,28 +14,29 @@ from .errors import LoraFuncError
 from .libraries.functorch import in_transform
 
 
-def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[Any, Any]]:
+def value_and_grad(
+    f: Callable[..., Any], has_aux: bool = False, *, create_graph: bool = False
+) -> Callable[..., tuple[Any, Any]]:
     """`g(params, *args, **kwargs) -> (value, grads)` for a loss `f(params, *args, **kwargs)`.
 
     `grads` has the structure of `params`: a tensor, or a pytree such as the flat dict. With
     `has_aux`, f returns `(loss, aux)` and g `((loss, aux), grads)`.
 
     `torch.func.grad` keeps the graph of the backward pass, so that its result can be
-    differentiated again, for 1.4 to 1.7 times the time and 1.5 times the memory. If nobody can ask
-    for that, this takes `torch.autograd.grad`, and value, aux and grads come without a graph:
-    outside of every torch.func transform and of torch.compile, when no leaf of `params` requires
-    grad or gradients are off. Otherwise it is `torch.func.grad_and_value`. The values are equal.
+    differentiated again, for 1.4 to 1.7 times the time and 1.5 times the memory. This takes
+    `torch.autograd.grad` instead: value, aux and grads come without a graph, also for leaves that
+    require grad. Ask for the graph with `create_graph=True`. Inside a torch.func transform and
+    under torch.compile it is always `torch.func.grad_and_value`. The values are equal.
 
     Raises LoraFuncError if the loss is not a scalar tensor.
     """
 
     @functools.wraps(f)
     def g(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        leaves, structure = pytree.tree_flatten(params)
-        differentiable = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-        if torch.compiler.is_compiling() or differentiable or in_transform():
+        if create_graph or torch.compiler.is_compiling() or in_transform():
             grads, value = torch.func.grad_and_value(f, has_aux=has_aux)(params, *args, **kwargs)
             return value, grads
+        leaves, structure = pytree.tree_flatten(params)
         # In inference mode autograd records nothing, whatever enable_grad says, and torch.func
         # before 2.13 returns zeros.
         with torch.inference_mode(False), torch.enable_grad():

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .engine.adapter import Adapter
+from .engine.adapter import Adapter, check_order
 from .errors import LoraFuncError, listing
 from .libraries.functorch import in_transform
 from .libraries.torch_hooks import computes_weight
@@ -23,9 +23,12 @@ def merge(
     *,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """The weights of the adapted layers with the adapter in them: a new dict.
+    """The weights of the adapted layers with the adapter folded in, as a new dict.
 
     Args:
+        adapter: as `adapt` or `load` returned it.
+        model: the model that the adapter was made for, or one with the same layers.
+        params: flat key -> tensor, for one adapter.
         dtype: of the result; None is that of each layer's weight (dequantized, if it is packed).
             The computation runs in float32 or wider.
 
@@ -36,12 +39,17 @@ def merge(
         weight of a packed layer is dense, made from the dequantized one: it is for a float model.
 
     Raises:
-        LoraFuncError: bad `params` or model; parameters that are not finite; a variant without a
-            closed form; a weight that another module uses too, or that its layer computes from
-            other tensors.
+        LoraFuncError: bad `params` or model; parameters that are not finite, or a merged weight
+            that overflows; a variant without a closed form; a weight that another module uses too,
+            or that its layer computes from other tensors.
     """
+    check_order("merge(adapter, model, params)", adapter=adapter, model=model)
     adapter.check(params, examples=False)
-    check_finite(params)
+    if broken := not_finite(params):
+        raise LoraFuncError(
+            f"params: {listing(broken)} has NaN or infinite entries. Merge parameters from before "
+            "the training diverged"
+        )
     users = defaultdict(set)  # id of a parameter -> the paths of the modules that hold it
     for path, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -51,10 +59,10 @@ def merge(
         layer = stored.layer
         if computes_weight(layer):
             raise LoraFuncError(
-                f"{path!r} computes its weight from other tensors, as weight_norm does, so a "
-                "merged one has no place in it. First make it a plain layer, which the adapter "
-                "fits as well, by torch.nn.utils.parametrize.remove_parametrizations "
-                "(remove_weight_norm, remove_spectral_norm or prune.remove, for the older ones)"
+                f"{path!r} computes its weight from other tensors, as weight_norm does, so it "
+                "cannot hold a merged one. First make it a plain layer, which the adapter also "
+                "fits: torch.nn.utils.parametrize.remove_parametrizations, or for the older hooks "
+                "remove_weight_norm, remove_spectral_norm or prune.remove"
             )
         if others := users[id(layer._parameters.get("weight"))] - {path}:
             raise LoraFuncError(
@@ -68,16 +76,16 @@ def merge(
         merged[f"{path}.weight"] = stored.as_stored(W).to(dtype or matrix.dtype, copy=True)
         if b is not None and b is not bias:
             merged[f"{path}.bias"] = b.to(dtype or matrix.dtype, copy=True)
+    if broken := not_finite(merged):
+        raise LoraFuncError(
+            f"{listing(broken)} overflows in {merged[broken[0]].dtype}. Merge into a wider dtype, "
+            "or parameters from before the training diverged"
+        )
     return merged
 
 
-def check_finite(params: Mapping[str, Tensor]) -> None:
-    """Raises LoraFuncError for parameters that are not finite, where their values can be read."""
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Keys of tensors with NaN or infinite entries. Empty in a transform, which hides them."""
     if in_transform() or torch.compiler.is_compiling():
-        return
-    broken = [k for k, leaf in params.items() if not leaf.is_meta and not leaf.isfinite().all()]
-    if broken:
-        raise LoraFuncError(
-            f"params: {listing(broken)} has NaN or infinite entries. Merge parameters from before "
-            "the training diverged"
-        )
+        return []
+    return [key for key, t in tensors.items() if not t.is_meta and not t.isfinite().all()]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .engine.adapter import Adapter
+from .engine.adapter import Adapter, check_order
 from .engine.batch import call_arguments
-from .errors import LoraFuncError
+from .errors import LoraFuncError, listing
 from .weights.layer import whole
 
 
@@ -23,9 +23,9 @@ class Probe:
     """What `probe` found. Printed, it is a table."""
 
     targets: int
-    """Adapted layers."""
+    """Number of adapted layers."""
     trainable: int
-    """Trainable parameters."""
+    """Number of trainable parameters."""
     difference: float
     """Largest |adapted - base| over the outputs: the identity error, if the parameters are new."""
     perturbation: float
@@ -33,7 +33,7 @@ class Probe:
     loss: float
     """The output's `loss`, otherwise the mean square of the outputs."""
     gradient_norm: float
-    """Of the loss, over all parameters."""
+    """Norm of the gradient of the loss, over all parameters."""
     live: dict[str, float]
     """Path of a layer -> gradient norm of its parameters, once they have moved."""
     dead: tuple[str, ...]
@@ -74,16 +74,23 @@ def probe(
     noise: float = 1e-2,
     generator: torch.Generator | None = None,
 ) -> Probe:
-    """Runs the model three times and the gradient twice, and reports what reaches what.
+    """Runs the model three times and the gradient twice, and reports which layers are alive.
+
+    A layer is alive if its parameters reach the loss.
 
     Args:
+        adapter: as `adapt` or `load` returned it.
+        model: the base model.
+        params: flat key -> tensor, for one adapter.
+        batch: what the adapter is called with.
         noise: how far the parameters move for the perturbation: noise times N(0, 1) per entry.
-        generator: draws that noise; None is a fresh one, so that a probe repeats itself.
+        generator: draws that noise; None is a new one with seed 0, so two probes are equal.
 
     Raises:
         LoraFuncError: what calling the adapter raises; a model without floating outputs; a loss
-            that is not finite, as without any label that counts.
+            or a gradient that is not finite, as without any label that counts.
     """
+    check_order("probe(adapter, model, params, batch)", adapter=adapter, model=model)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     before = state_hash(model)
     args, kwargs = call_arguments(batch)
@@ -116,15 +123,15 @@ def run(
 ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
     """Outputs, loss and gradients at `leaves`."""
     with torch.enable_grad():
-        output = adapter(model, leaves, batch)
+        output = adapter.run(model, leaves, batch, watched=False)  # the table tells
         outputs = floating(output)
         loss = getattr(output, "loss", None)
         if loss is None:
             loss = torch.stack([t.float().square().mean() for t in outputs]).sum()
         if not math.isfinite(loss.item()):
             raise LoraFuncError(
-                f"the loss is {loss.item()}: nothing can be said of its gradients. Check that the "
-                "batch has labels that count (other than -100) and that the inputs are finite"
+                f"the loss is {loss.item()}: it has no gradient. Check that the batch has labels "
+                "that count (other than -100), and that inputs and parameters are finite"
             )
         if loss.requires_grad:
             grads = torch.autograd.grad(
@@ -132,6 +139,11 @@ def run(
             )
         else:  # of a frozen model that never runs through an adapter
             grads = [torch.zeros_like(leaf) for leaf in leaves.values()]
+    if broken := [key for key, grad in zip(leaves, grads) if not grad.isfinite().all()]:
+        raise LoraFuncError(
+            f"the loss is {loss.item():.4g}, and its gradient is not finite in {listing(broken)}. "
+            "Check that inputs and parameters are finite"
+        )
     return [t.detach() for t in outputs], loss.detach(), dict(zip(leaves, grads))
 
 
@@ -148,9 +160,16 @@ def floating(output: Any) -> list[Tensor]:
 
 
 def largest(given: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference between two lists of tensors."""
-    differences = [(a.float() - b.float()).abs() for a, b in zip(given, expected) if a.numel()]
-    return max((difference.max().item() for difference in differences), default=0.0)
+    """The largest difference between two lists of tensors; NaN if only one has a NaN somewhere.
+
+    Equal entries differ by 0, also if both are infinite, as in a mask, or both NaN.
+    """
+    found = [torch.zeros(())]
+    for a, b in zip(given, expected):
+        if a.numel():
+            equal = (a == b) | (a.isnan() & b.isnan())
+            found.append((a.float() - b.float()).abs().masked_fill(equal, 0.0).max().cpu())
+    return torch.stack(found).max().item()
 
 
 def noise_like(leaf: Tensor, generator: torch.Generator) -> Tensor:

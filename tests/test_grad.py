@@ -1,4 +1,4 @@
-"""`value_and_grad`: the same numbers by either way, and a graph exactly where somebody can use it."""
+"""`value_and_grad`: equal to torch.func, and with a graph only where one is asked for."""
 
 from __future__ import annotations
 
@@ -41,23 +41,25 @@ def test_aux_arguments_and_structures():
     assert lf.value_and_grad(lambda x: x**2)(torch.tensor(3.0)) == (9.0, 6.0)
 
 
-def test_differentiable_where_somebody_asks():
-    """Inside a transform, and for leaves that require grad: gradients of gradients are right."""
+def test_differentiable_inside_a_transform():
     cube = lf.value_and_grad(lambda x: x**3)
-    assert torch.func.grad(lambda x: cube(x)[1])(torch.tensor(2.0)) == 12.0
-    assert (
-        torch.func.jvp(lambda x: cube(x)[1], (torch.tensor(2.0),), (torch.tensor(1.0),))[1] == 12.0
-    )
-    assert torch.equal(
-        torch.func.vmap(cube)(torch.tensor([1.0, 2.0]))[1], torch.tensor([3.0, 12.0])
-    )
+    one, two = torch.tensor(1.0), torch.tensor(2.0)
+    assert torch.func.grad(lambda x: cube(x)[1])(two) == 12.0
+    assert torch.func.jvp(lambda x: cube(x)[1], (two,), (one,))[1] == 12.0
+    _, slopes = torch.func.vmap(cube)(torch.stack([one, two]))
+    assert torch.equal(slopes, torch.tensor([3.0, 12.0]))
+
+
+def test_leaves_that_require_grad_take_the_cheap_way():
+    """As in a loop with an optimizer. The graph of the graph is there for the asking."""
     x = torch.tensor(2.0, requires_grad=True)
-    cube(x)[1].backward()
-    assert x.grad == 12.0
-    with torch.no_grad():
-        value, grad = cube(x)
+    value, grad = lf.value_and_grad(lambda x: x**3)(x)
     assert (value, grad) == (8.0, 12.0)
+    assert not value.requires_grad
     assert not grad.requires_grad
+    assert x.grad is None
+    lf.value_and_grad(lambda x: x**3, create_graph=True)(x)[1].backward()
+    assert x.grad == 12.0
 
 
 def test_compiled():
@@ -76,14 +78,13 @@ def test_compiled():
     ],
 )
 def test_the_loss_must_be_a_scalar(f, given):
-    with pytest.raises(
-        lf.LoraFuncError, match=rf"the loss must be a tensor of shape \(\), and it is {given}"
-    ):
+    message = rf"the loss must be a tensor of shape \(\), and it is {given}"
+    with pytest.raises(lf.LoraFuncError, match=message):
         lf.value_and_grad(f)(torch.ones(3))
 
 
 def test_gradients_are_contiguous():
-    """As `.grad` is: torch.distributed on gloo averages slices of a larger tensor wrongly, without a word."""
+    """So is `.grad`. torch.distributed with gloo silently averages slices of a tensor wrongly."""
     model, adapter, params = adapted(lf.PiSSA(r=4))
     batch = text_batch()
     _, grads = lf.value_and_grad(lambda p: adapter(model, p, batch).loss)(params)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import is_dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import LoraFuncError, listing
+from ..errors import LoraFuncError, listing, near_misses
 from ..libraries import accelerate
-from ..variant import Variant
+from ..variant import ELSEWHERE, Variant
+from . import experts
 from .adapter import Adapter
 from .collect import collect
 from .keys import by_path
-from .layer import AdaptedLayer
-from .leaves import draw, kinds
+from .leaves import check_stats, draw, kinds
+from .refused import check_base
 from .sites import Base, Found
 from .targets import Targets, assign
+
+ARGUMENTS = ("targets", "generator", "calibration", "stats", "dtype")
 
 
 @torch.inference_mode(False)  # tensors made in inference mode could never be trained
@@ -30,6 +35,7 @@ def adapt(
     calibration: Iterable[Any] | None = None,
     stats: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
+    **unknown: NoReturn,  # for an error that names the right argument; type checkers refuse all
 ) -> tuple[Adapter, dict[str, Tensor]]:
     """An adapter for `model`, and fresh parameters for it. The model is not modified.
 
@@ -53,21 +59,28 @@ def adapt(
         requires_grad.
 
     Raises:
-        LoraFuncError: no target, or a pattern that names none; a layer whose weight cannot be
-            read; hyperparameters that a layer does not allow; a variant that needs calibration and
-            has none; data for variants that look at none; stats of another statistic.
+        LoraFuncError: a model that is wrapped, scripted or adapted already; no target, or a
+            pattern that names none; a layer whose weight cannot be read, or that computes
+            something else than x Wᵀ + b; hyperparameters that a layer does not allow; a variant
+            that needs calibration and has none; data for variants that look at none; stats of
+            another statistic; an argument that adapt does not have.
+
+    Warns if nothing is named and most of the model lies in fused experts, which have no layers.
     """
     check_model(model)
+    check_arguments(rules, targets, unknown)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise LoraFuncError(
-            f"dtype must be a floating torch dtype such as torch.float32, and not {dtype!r}"
+            f"dtype must be a floating torch dtype such as torch.float32, not {dtype!r}"
         )
     found = assign(rules, targets, model)
+    if isinstance(rules, Variant) and not targets.names:
+        experts.warn_of_reach(model, found)
     accelerate.check_offload(model, [site.path for site in found])
     if calibration is not None:
         if stats is not None:
             raise LoraFuncError(
-                "calibration= and stats= were both given; stats are what a calibration returned"
+                "calibration= and stats= were both given: pass batches, or what collect found"
             )
         stats = calibrate(model, found, calibration)
     base: dict[str, Base] = {}
@@ -75,31 +88,49 @@ def adapt(
     def note(site: Found, snapshot: Any) -> None:
         base[site.path] = Base.of(site.weight, snapshot)
 
+    check_stats(found, stats)
     leaves = draw(found, generator, stats, note)
     given = by_path({**leaves.trainable, **leaves.frozen})
     kept = [site for site in found if site.path in given or site.variant in leaves.sharing]
     variants = {site.path: site.variant for site in kept}
     if not variants:
         paths = listing(site.path for site in found)
-        raise LoraFuncError(f"{paths}: the variants gave parameters to none of the layers")
+        raise LoraFuncError(f"the variants returned no parameters for any of the layers {paths}")
     params = {key: leaf.to(dtype) for key, leaf in leaves.trainable.items()}
     shapes = {key: leaf.shape for key, leaf in params.items()}
     base = {path: base[path] for path in variants}
     adapter = Adapter(variants, shapes, leaves.frozen, base, dtype)
     adapter.remember(model)
+    adapter.trust(model)
     return adapter, params
+
+
+def check_arguments(rules: Any, targets: Any, unknown: Mapping[str, Any]) -> None:
+    """Raises LoraFuncError for what other libraries call the arguments of adapt."""
+    for name in unknown:
+        known = [item.name for item in dataclasses.fields(rules)] if is_dataclass(rules) else []
+        if name in known or ELSEWHERE.get(name) in known:
+            field, kind = ELSEWHERE.get(name, name), type(rules).__name__
+            raise LoraFuncError(f"adapt has no argument {name!r}: {field} is a field of {kind}")
+        hint = near_misses(name, ARGUMENTS)
+        if name in ELSEWHERE:
+            hint = f" It is called {ELSEWHERE[name]} here."
+        raise LoraFuncError(
+            f"adapt has no argument {name!r}; it takes (model, rules) and {listing(ARGUMENTS)}."
+            f"{hint}"
+        )
+    if not isinstance(targets, Targets):
+        names = (targets,) if isinstance(targets, str) else targets
+        named = isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
+        hint = f": write lf.Targets(names={tuple(names)!r})" if named else ""
+        raise LoraFuncError(f"targets must be a lf.Targets, not {targets!r}{hint}")
 
 
 def check_model(model: Any) -> None:
     """Raises LoraFuncError for what cannot be adapted."""
     if not isinstance(model, nn.Module):
-        raise LoraFuncError(f"model must be a torch.nn.Module, and not {type(model).__name__}")
-    if any(isinstance(module, AdaptedLayer) for module in model.modules()):
-        raise LoraFuncError(
-            "the model is a bound view, which carries an adapter already. Adapt the base model "
-            "with several variants at once (a mapping pattern -> Variant), or merge the first "
-            "adapter into its weights (lf.merge)"
-        )
+        raise LoraFuncError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    check_base(model)
 
 
 def calibrate(
@@ -113,6 +144,6 @@ def calibrate(
     wanted = {path: statistic for path, statistic in wanted.items() if statistic is not None}
     if not wanted:
         raise LoraFuncError(
-            f"calibration= was given, and {kinds(found)} looks at no data: leave it out"
+            f"calibration= was given, but {kinds(found)} looks at no data: leave it out"
         )
     return collect(model, wanted, batches, wanted)

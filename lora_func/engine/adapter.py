@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +19,21 @@ from ..weights.layer import LayerWeight
 from ..weights.table import read
 from .batch import call_arguments
 from .keys import SHARED, by_path, key_mismatch
-from .layer import AdaptedLayer
-from .leaves import blank, draw
+from .layer import AdaptedLayer, check_bare
+from .leaves import blank, check_stats, draw
+from .reach import Reach
+from .refused import check_base
 from .sites import Base, Found, Site
+from .survey import survey
+from .untouched import Drift, check_written
 from .view import make_view
 
 
 class Adapter:
     """The adapted forward of a model: `adapter(model, params, batch)`.
 
-    Immutable, hashable by identity, picklable. It holds neither the model nor any trainable
-    tensor, but which variant adapts which layer, the shapes of the parameters, and the frozen
-    constants.
+    Immutable, hashable by identity, picklable. It holds the variant of each layer, the shapes of
+    the parameters and the frozen constants, but neither the model nor any trainable tensor.
     """
 
     variants: Mapping[str, Variant]
@@ -40,11 +43,13 @@ class Adapter:
     frozen: Mapping[str, Tensor]
     """Flat key -> frozen constant."""
     base: Mapping[str, Base]
-    """Path -> what is remembered of the layer's weight."""
+    """Path of a layer -> the shape and fingerprint of its weight."""
     dtype: torch.dtype
-    """Of the trainable leaves that `init` draws."""
+    """The dtype of the trainable leaves that `init` draws."""
     _sites: tuple[Site, ...]
     _traceable: Traceable
+    _reach: Reach
+    _drift: Drift
 
     def __init__(
         self,
@@ -73,12 +78,20 @@ class Adapter:
             dtype=dtype,
             _sites=sites,
             _traceable=Traceable(),
+            _reach=Reach(),
+            _drift=Drift(),
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"an Adapter is immutable, so {name!r} cannot be set")
 
-    def __call__(self, model: nn.Module, params: Mapping[str, Tensor], batch: Any) -> Any:
+    def __call__(
+        self,
+        model: nn.Module,
+        params: Mapping[str, Tensor],
+        batch: Any = None,
+        **unpacked: NoReturn,
+    ) -> Any:
         """What the model returns for `batch`, adapted.
 
         A pure function of `params`, differentiable in them and in the batch. A leaf may have one
@@ -95,17 +108,43 @@ class Adapter:
         Raises:
             LoraFuncError: params with missing or unexpected keys, wrong shapes or integer dtypes;
                 a model without the targets; an example axis that a layer does not see; a batch
-                that no model takes; activation checkpointing of a kind that loses gradients.
+                that no model takes; activation checkpointing of a kind that loses gradients; a
+                layer that is adapted and never called, because its parent reads its weight; a
+                forward that writes in place to a tensor of the model, which a call cannot undo.
+
+        Warns, once, of an adapted layer that its parent ran without calling; and, once for each
+        change, of a model whose weights are no longer those that the adapter was made on.
         """
+        if unpacked:
+            raise LoraFuncError(
+                f"the batch is one argument: write adapted_forward(model, params, batch), not "
+                f"**batch; {listing(unpacked)} were given by name"
+            )
+        return self.run(model, params, batch, watched=not torch.compiler.is_compiling())
+
+    def run(
+        self, model: nn.Module, params: Mapping[str, Tensor], batch: Any, *, watched: bool
+    ) -> Any:
+        """The same. `watched`: whether to tell of layers that do not run."""
         args, kwargs = call_arguments(batch)
+        check_model(model)
         self.check(params)
-        view = self.view(model, params, call=True)
+        view, layers, versions = self.view(model, params, call=True)
+        traced = torch.compiler.is_compiling()
+        if not traced:
+            self._drift.check(model, layers, self.base)
+        watch = self._reach.watch(model, view, layers) if watched else None
         try:
-            return view(*args, **kwargs)
+            out = view(*args, **kwargs)
         except RuntimeError as error:
             if reason := explained(error, model):
                 raise LoraFuncError(reason) from error
             raise
+        if watch is not None:
+            watch.check()
+        if not traced:
+            check_written(model, versions)
+        return out
 
     @torch.inference_mode(False)
     def init(
@@ -119,34 +158,32 @@ class Adapter:
 
         Args:
             generator: the only source of randomness; None is torch's default generator.
-            stats: path -> what `collect` found, for variants whose trainable leaves start from
-                data (EVA).
+            stats: as for `adapt`. Only leaves without an anchor start from them (EVA's).
 
         Raises:
-            LoraFuncError: a model without the targets; stats that give other shapes.
+            LoraFuncError: a model without the targets; stats of another statistic, or that give
+                other shapes.
         """
         weights = self.weights(model)
+        sites = [Found(site.path, site.variant, weights[site.path]) for site in self._sites]
+        check_stats(sites, stats)
         start = {key: self.frozen[f"{key}0"] for key in self.shapes if f"{key}0" in self.frozen}
-        found = [
-            Found(site.path, site.variant, weights[site.path])
-            for site in self._sites
-            if not start.keys() >= set(self.keys_of(site.path))
-        ]
+        found = [site for site in sites if not start.keys() >= set(self.keys_of(site.path))]
         if found:
             start = {**draw(found, generator, stats).trainable, **start}
         for key, shape in self.shapes.items():
             if key not in start or start[key].shape != shape:
                 other = f"shape {tuple(start[key].shape)}" if key in start else "no parameters"
                 raise LoraFuncError(
-                    f"{key!r} has shape {tuple(shape)} in this adapter, and {other} by these "
-                    "stats; adapt anew"
+                    f"{key!r} has shape {tuple(shape)} in this adapter, but these stats give it "
+                    f"{other}: call lf.adapt with them"
                 )
         return {key: start[key].to(self.dtype, copy=True) for key in self.shapes}
 
     def replace(self, **fields: Any) -> Adapter:
         """A new Adapter with other hyperparameters, as in `adapter.replace(coeff=-1.0)`.
 
-        They change in every variant that has them.
+        Each field changes in every variant that has it.
 
         Raises:
             LoraFuncError: a field that no variant has; a value that needs other parameters.
@@ -170,14 +207,14 @@ class Adapter:
         for key, leaf in leaves.items():
             if key not in expected or expected[key].shape != leaf.shape:
                 raise LoraFuncError(
-                    f"{fields} takes other parameters than {key!r} of shape {tuple(leaf.shape)}; "
-                    "adapt anew"
+                    f"{fields} needs other parameters than {key!r} of shape {tuple(leaf.shape)}: "
+                    "call lf.adapt with the new variant"
                 )
         return Adapter(variants, self.shapes, self.frozen, self.base, self.dtype)
 
     @property
     def lr_scale(self) -> dict[str, float]:
-        """Flat key -> how many times faster than others the leaf should learn (LoRA+)."""
+        """Flat key -> multiple of the learning rate for the leaf (LoRA+)."""
         scales = {}
         for site in self._sites:
             for name, (key, _) in site.leaves.items():
@@ -190,11 +227,21 @@ class Adapter:
 
         The arguments are those of `Tensor.to`. Indices stay integers.
         """
-        frozen = {}
-        for key, leaf in self.frozen.items():
+
+        def placed(leaf: Tensor) -> Tensor:
             moved = leaf.to(*args, **kwargs)
-            frozen[key] = moved if leaf.is_floating_point() else leaf.to(moved.device)
+            return moved if leaf.is_floating_point() else leaf.to(moved.device)
+
+        return self.placed(placed)
+
+    def placed(self, move: Callable[[Tensor], Tensor]) -> Adapter:
+        """A new Adapter with each constant as `move` returns it."""
+        frozen = {key: move(leaf) for key, leaf in self.frozen.items()}
         return Adapter(self.variants, self.shapes, frozen, self.base, self.dtype)
+
+    def site(self, path: str) -> Site:
+        """What is known of the layer at `path`."""
+        return next(site for site in self._sites if site.path == path)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -208,7 +255,7 @@ class Adapter:
         """
         if not isinstance(params, Mapping):
             raise LoraFuncError(
-                "params must be a mapping flat key -> tensor, as adapt returns it, and not "
+                "params must be a mapping flat key -> tensor, as adapt returns it, not "
                 f"{type(params).__name__}"
             )
         if params.keys() != self.shapes.keys():
@@ -244,56 +291,65 @@ class Adapter:
     def weights(self, model: nn.Module) -> dict[str, LayerWeight]:
         """path -> the layer's `Weight`.
 
-        Raises LoraFuncError if a target is missing or has another shape.
+        Raises LoraFuncError if a target is missing, has another shape or carries an adapter.
         """
         modules = dict(model.named_modules(remove_duplicate=False))
         if missing := [path for path in self.variants if path not in modules]:
             raise LoraFuncError(missing_modules(model, missing))
+        for path in self.variants:
+            check_bare(modules[path], path)
+        check_base(model)
         accelerate.check_offload(model, self.variants)
         weights = {path: read(path, modules[path]) for path in self.variants}
         for path, base in self.base.items():
             if weights[path].shape != base.shape:
                 raise LoraFuncError(
-                    f"{path!r} is {weights[path].shape} in this {type(model).__name__}, and was "
+                    f"{path!r} is {weights[path].shape} in this {type(model).__name__}, but was "
                     f"{base.shape} in the model that the adapter was made for (d_out, d_in)"
                 )
         return weights
 
     def params_of(self, path: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the variant at `path` takes as `params`: leaves and constants under short names."""
-        site = next(site for site in self._sites if site.path == path)
+        site = self.site(path)
         return {name: params[key] for name, (key, _) in site.leaves.items()} | site.frozen
 
     def keys_of(self, path: str) -> tuple[str, ...]:
         """The flat keys of the trainable leaves that the layer at `path` uses."""
-        site = next(site for site in self._sites if site.path == path)
-        return tuple(key for key, _ in site.leaves.values())
+        return tuple(key for key, _ in self.site(path).leaves.values())
 
     def remember(self, model: nn.Module) -> None:
         """Notes what torch.compile needs to trace a call on `model`, for as long as it lives."""
-        self._traceable.note(model)
+        self._traceable.note(model, survey(model))
 
-    def view(self, model: nn.Module, params: Mapping[str, Tensor], *, call: bool) -> nn.Module:
+    def trust(self, model: nn.Module) -> None:
+        """Takes the weights of `model`, as they are now, for those that the adapter was made on."""
+        self._drift.note(model, self.base)
+
+    def view(
+        self, model: nn.Module, params: Mapping[str, Tensor], *, call: bool
+    ) -> tuple[nn.Module, list[AdaptedLayer], list[tuple[Tensor, int]]]:
         """The view of `model` in which every target carries its part of `params`.
 
-        For one call; otherwise to keep, with all modules copied.
+        Also returns those layers, and the tensors that view and model share, with their versions.
+        `call`: for one call. Otherwise the view is kept, and all modules are copied.
         """
         adapted: list[AdaptedLayer] = []
 
         def replacing(site: Site) -> Callable[[nn.Module], nn.Module]:
             def replace(layer: nn.Module) -> nn.Module:
-                adapted.append(AdaptedLayer(layer, site, params))
+                adapted.append(AdaptedLayer(layer, site, params, not call))
                 return adapted[-1]
 
             return replace
 
         replace = {site.path: replacing(site) for site in self._sites}
-        view, missing = make_view(model, replace, self._traceable, whole=not call)
+        view, missing, versions = make_view(model, replace, self._traceable, keep=not call)
         if missing:
             raise LoraFuncError(missing_modules(model, missing))
         for layer in adapted:
             layer.settle(call)
-        return view
+        return view, adapted, versions
 
     def __repr__(self) -> str:
         counts = Counter(self.variants.values())
@@ -306,20 +362,28 @@ class Adapter:
         return Adapter, (*map(dict, parts), self.dtype)
 
 
-def bind(adapter: Adapter, model: nn.Module, params: Mapping[str, Tensor]) -> nn.Module:
-    """The adapted model as a module, to generate from, evaluate, checkpoint or serve.
+def check_model(model: Any) -> None:
+    """Raises LoraFuncError for what is no model, as when arguments are swapped."""
+    if not isinstance(model, nn.Module):
+        raise LoraFuncError(
+            f"model must be a torch.nn.Module, not {type(model).__name__}. A call is "
+            "adapted_forward(model, params, batch)"
+        )
 
-    A view of `model` that holds `params`, of the model's own class. It shares the model's weights
-    and buffers, but its modules are copies: `eval()` on it leaves the model as it is, and later
-    changes to the model's modules do not reach it. Raises what calling the adapter raises.
-    """
-    adapter.check(params)
-    adapter.remember(model)
-    return adapter.view(model, params, call=False)
+
+def check_order(call: str, **given: Any) -> None:
+    """Raises LoraFuncError unless adapter and model are what their names say."""
+    kinds = {"adapter": Adapter, "model": nn.Module}
+    for name, value in given.items():
+        if not isinstance(value, kinds[name]):
+            raise LoraFuncError(
+                f"{call}: {name} must be of type {kinds[name].__name__}, not "
+                f"{type(value).__name__}. Check the order of the arguments"
+            )
 
 
 def explained(error: RuntimeError, model: nn.Module) -> str | None:
-    """What to do about an error of torch that only a call through a view can explain."""
+    """What to do about an error of torch inside a view; None for an error of another kind."""
     if "saved tensor hooks" in str(error):
         return (
             "torch.func.grad and vjp cannot run through activation checkpointing, nor through "

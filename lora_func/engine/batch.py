@@ -15,7 +15,7 @@ def call_arguments(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
     if isinstance(batch, Mapping):
         if not all(isinstance(name, str) for name in batch):
             raise LoraFuncError(
-                "a mapping batch becomes keyword arguments, so its keys must be strings, and not "
+                "a mapping batch becomes keyword arguments, so its keys must be strings, not "
                 f"{list(batch)!r}"
             )
         return (), batch

@@ -1,11 +1,12 @@
 """`collect`: runs statistics over the layers of a model while batches stream by.
 
-Tokens are the rows that the batch's `attention_mask` keeps, in the dtype of the layer. Of
-gradients all rows count: the loss has said which do. A state is a value: layers whose states are
-one object and that see one input get one new state, so what q, k and v read is summed once and
-takes memory once.
+Tokens are the rows that the batch's `attention_mask` keeps, in the dtype of the layer. For
+gradients all rows count, because the loss decides which of them matter.
 
-The layers are observed through a view, as adapters are. The model is never touched, whatever a
+A state is a value that is never changed in place. Two layers that share a state and see the same
+input share the new state too. So the input of q, k and v is summed once and takes memory once.
+
+The layers are observed through a view of the model. So the model is never touched, whatever a
 batch raises.
 """
 
@@ -28,11 +29,12 @@ from ..variant import Statistic, Weight
 from ..weights.table import read
 from .batch import call_arguments
 from .targets import Targets
+from .untouched import check_written
 from .view import StandIn, make_view
 
 
 class Collected(dict[str, Any]):
-    """path -> what a statistic says of the layer there. Remembers which statistic."""
+    """path -> what a statistic says of the layer there. It remembers which statistic."""
 
     def __init__(self, values: Mapping[str, Any], statistics: Mapping[str, Statistic]):
         super().__init__(values)
@@ -52,11 +54,12 @@ def collect(
     """path -> what `statistic` says of the layer there, after all `batches` went through `model`.
 
     Args:
-        model: as it is. Call `eval()` on it first to keep dropout out.
+        model: any module with linear layers. It is run in its present mode: call `eval()` on it
+            first to keep dropout out.
         targets: paths of linear layers, a Targets, or an Adapter, whose targets are taken.
         batches: what the model is called with (see `Adapter.__call__`). The mask
             `attention_mask [batch, tokens]` of a mapping says which tokens count; without one all
-            do. Of gradients all count.
+            do. For gradients all count.
         statistic: one for all targets, or a mapping path -> statistic. One pass serves all.
         loss: `(output, batch) -> scalar`, for statistics of gradients; by default the output's own
             `loss`.
@@ -79,7 +82,7 @@ def collect(
         raise LoraFuncError(f"no layer {listing(unknown)} in {type(model).__name__}.{hint}")
     if without := [path for path in paths if path not in chosen]:
         raise LoraFuncError(
-            f"statistic names none for {listing(without)}; give one for each target, or one for all"
+            f"statistic has none for {listing(without)}; give one for each target, or one for all"
         )
     statistics = {path: chosen[path] for path in paths}
     sums = Sums(statistics, {path: read(path, modules[path]) for path in paths})
@@ -90,7 +93,7 @@ def collect(
     for batch in with_progress(batches, progress):
         args, kwargs = call_arguments(batch)
         sums.begin(token_mask(model, batch) if wants_mask else None)
-        view, _ = make_view(model, replace, Traceable())
+        view, _, versions = make_view(model, replace, Traceable())
         with torch.set_grad_enabled(wants_grad):
             output = view(*args, **kwargs)
             if wants_grad:
@@ -99,16 +102,17 @@ def collect(
                 sums.in_backward = True
                 # The taps see the gradients; nothing is stored.
                 torch.autograd.grad(value, sums.anchor, allow_unused=True)
+        check_written(model, versions)
         count += 1
     if not count:
-        raise LoraFuncError("batches is empty, or an iterator that was used up before")
+        raise LoraFuncError("batches is empty, or an iterator that is used up already")
     return Collected(sums.finalize(), statistics)
 
 
 class Sums:
     """The states of all layers while batches pass.
 
-    A state is known by a number; layers with equal states share the number.
+    Each state has a number. Layers that share a state have the same number.
     """
 
     def __init__(self, statistics: Mapping[str, Statistic], weights: Mapping[str, Weight]):
@@ -127,7 +131,7 @@ class Sums:
         self.begin(None)
 
     def begin(self, mask: Tensor | None) -> None:
-        """A new batch, of which `mask [batch, tokens]` (None: all) says which tokens count."""
+        """Begins a batch. `mask [batch, tokens]` says which tokens count; None: all."""
         self.mask = mask
         self.in_backward = False
         # (number of the state, tensor) -> the tensor, if it is alive, and the new number
@@ -175,9 +179,9 @@ class Sums:
         if x[..., 0].numel() == mask.numel() and x.dim() == 2:  # flattened, as before experts
             return x[mask.flatten()]
         raise LoraFuncError(
-            f"{path!r} sees an input of shape {tuple(x.shape)}, to which the attention_mask of "
-            f"shape {tuple(mask.shape)} does not apply. Leave the layer out, or give batches "
-            "without padding"
+            f"{path!r} sees an input of shape {tuple(x.shape)}, which the attention_mask of shape "
+            f"{tuple(mask.shape)} does not fit. Leave the layer out, or give batches without "
+            "padding"
         )
 
     def finalize(self) -> dict[str, Any]:
@@ -196,13 +200,7 @@ class Sums:
 
     def check_finite(self) -> None:
         """Raises LoraFuncError if a sum is not finite: one NaN in the data spoils all of it."""
-        broken = {
-            number
-            for number, state in self.states.items()
-            if any(
-                isinstance(t, Tensor) and not t.isfinite().all() for t in pytree.tree_leaves(state)
-            )
-        }
+        broken = {number for number, state in self.states.items() if not all_finite(state)}
         if paths := [path for path, number in self.number.items() if number in broken]:
             raise LoraFuncError(
                 f"what {listing(paths)} saw is not finite: the batches, or the model's activations "
@@ -210,8 +208,14 @@ class Sums:
             )
 
 
+def all_finite(tree: Any) -> bool:
+    """Whether no tensor in a pytree has a NaN or infinite entry. On the device "meta" none has."""
+    tensors = [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and not t.is_meta]
+    return all(bool(t.isfinite().all()) for t in tensors)
+
+
 class Observed(StandIn):
-    """Replaces an observed layer in a view: the layer itself, which also tells what it sees."""
+    """Replaces an observed layer in a view: runs the layer and adds what it sees to `Sums`."""
 
     def __init__(self, layer: nn.Module, path: str, sums: Sums):
         super().__init__(layer)
@@ -222,16 +226,16 @@ class Observed(StandIn):
         observes = sums.statistics[path].observes
         if observes == "gradients":
             return Tap.apply(y, x, sums.anchor, functools.partial(sums.observe_gradient, path))
-        if not sums.in_backward:  # activation checkpointing runs the layer once more there
+        if not sums.in_backward:  # where activation checkpointing runs the layer again
             sums.observe(path, x if observes == "inputs" else y)
         return y
 
 
 class Tap(torch.autograd.Function):
-    """The identity in y, which hands x and its own gradient to `tell`.
+    """The identity in y. Its backward calls `tell` with x and the gradient of y.
 
-    The anchor makes it part of a graph that has no other leaf. x is saved as autograd saves it: a
-    change of it in place is an error, and checkpointing need not keep it.
+    The anchor makes it part of a graph that has no other leaf. x is saved as autograd saves it: to
+    change it in place is an error, and checkpointing need not keep it.
     """
 
     @staticmethod

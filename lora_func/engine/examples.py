@@ -30,7 +30,7 @@ class Entries(NamedTuple):
 
 
 def each(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], entries: Entries) -> Tensor:
-    """`function(*inputs, params)`; with an example axis, for each entry of its first axis.
+    """`function(*inputs, params)`; with an example axis, of each example by its own entry.
 
     What all examples share goes in by closure: `torch.vmap` takes longer over a pytree than a
     variant over its kernels.
@@ -43,7 +43,13 @@ def each(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], entries: E
         leaves = dict(zip(own, tensors[len(inputs) :]))
         return function(*tensors[: len(inputs)], type(params)({**params, **leaves}))
 
-    return vmap(of_one)(*inputs, *(params[name] for name in own))
+    leaves = [params[name] for name in own]
+    n = leaves[0].shape[0]
+    if inputs[0].shape[0] == n:
+        return vmap(of_one)(*inputs, *leaves)
+    # The rows of an example stand together, as its beams do.
+    grouped = (x.unflatten(0, (n, -1)) for x in inputs)
+    return vmap(of_one)(*grouped, *leaves).flatten(0, 1)
 
 
 def prepare(variant: Variant, weight: Weight, entries: Entries, dtype: torch.dtype) -> Entries:

@@ -23,32 +23,51 @@ class AdaptedLayer(StandIn):
     """Replaces an adapted layer in a view.
 
     It computes `variant.apply(x, layer(variant.transform_input(x)))`. The trainable leaves are
-    buffers called `lora_<name>`: the keys of the flat dict are paths in the view, and
-    `torch.func.functional_call(view, params, ...)` works too.
+    attributes `lora_<name>`: the keys of the flat dict are paths in the view, and
+    `torch.func.functional_call(view, params, ...)` works too. In a bound view they are parameters,
+    the very tensors of the flat dict; in a call they are buffers, so that a model which asks for
+    the dtype of its first parameter gets the same answer as without adapter.
     """
 
-    def __init__(self, layer: nn.Module, site: Site, params: Mapping[str, Tensor]):
-        if isinstance(layer, AdaptedLayer):
-            raise LoraFuncError(
-                f"{site.path!r} carries an adapter already: the model is a bound view. Use the "
-                "base model, or merge the first adapter into its weights (lf.merge)"
-            )
+    def __init__(self, layer: nn.Module, site: Site, params: Mapping[str, Tensor], keep: bool):
+        check_bare(layer, site.path)
         super().__init__(layer)
         for name, (key, _) in site.leaves.items():
-            self._buffers[f"lora_{name}"] = params[key]
+            leaf = params[key]
+            # What is computed from other tensors is no parameter of a module.
+            table = self._parameters if keep and is_parameter(leaf) else self._buffers
+            table[f"lora_{name}"] = leaf  # pyright: ignore  (a leaf tensor may be one)
         self.__dict__["_site"] = site  # underscored: other attributes are those of the layer
+        self.__dict__["_ran"] = self.__dict__["_read"] = False
+        self.__dict__["_repeats"] = {}  # rows for each example that are admitted (see binding)
 
     def settle(self, call: bool) -> None:
         """Reads the layer, once the view is complete. `call`: the view is for one call only."""
-        leaves = [leaf for leaf in self._buffers.values() if leaf is not None]
-        trains = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-        weight = weight_of(self._modules["layer"], self._site.transposed)
-        self.__dict__["_weight"] = weight
+        trains = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in self.leaves())
+        layer: Any = self._modules["layer"]
+        self.__dict__["training"] = layer.training
+        self.__dict__["_weight"] = weight_of(layer, self._site.transposed)
         self.__dict__["_expects_grad"] = call and trains
         self.__dict__["_kept"] = Kept(self.prepared_ahead(), None) if call else None
 
+    def leaves(self) -> list[Tensor]:
+        """The trainable leaves."""
+        both = (*self._parameters.values(), *self._buffers.values())
+        return [leaf for leaf in both if leaf is not None]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and not torch.compiler.is_compiling():
+            self.__dict__["_read"] = True
+        return super().__getattr__(name)
+
+    def train(self, mode: bool = True) -> AdaptedLayer:
+        self.__dict__["_kept"] = None
+        return super().train(mode)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         variant, weight = self._site.variant, self._weight
+        if not torch.compiler.is_compiling():
+            self.__dict__["_ran"] = True
         p = self.entries(x.dtype)
         x = self.admit(x, p)
         z = x
@@ -62,7 +81,10 @@ class AdaptedLayer(StandIn):
         return each(lambda x, y, p: variant.apply(x, y, weight, p), (x, base_out), p)
 
     def admit(self, x: Tensor, p: Entries) -> Tensor:
-        """`x` where the parameters are. Raises LoraFuncError if the adapter cannot act on it."""
+        """`x` on the device of the parameters.
+
+        Raises LoraFuncError if the adapter cannot act on it.
+        """
         path = self._site.path
         if self._expects_grad and not torch.is_grad_enabled():
             raise LoraFuncError(
@@ -74,44 +96,45 @@ class AdaptedLayer(StandIn):
         x = accelerate.moved_input(self.layer, x, first.device)
         if p.own:
             n = p.params[p.own[0]].shape[0]
-            if x.dim() < 2 or x.shape[0] != n:
-                raise LoraFuncError(
-                    f"{path!r} sees an input of shape {tuple(x.shape)}, whose first axis is not "
-                    f"that of the {n} examples for which it has parameters: the batch has another "
-                    "size, or the model moves its examples before this layer (time first, tokens "
-                    "flattened, experts). Leave the layer out of the targets, or give it "
-                    "parameters without the example axis"
-                )
+            if x.dim() < 2 or not (x.shape[0] == n or self.generates(x.shape[0], n)):
+                raise LoraFuncError(misplaced(path, tuple(x.shape), n))
         return x
+
+    def generates(self, rows: int, n: int) -> bool:
+        """Whether `generate` runs, which repeats each of n prompts, and these are its rows."""
+        return rows in [n * k for k in self._repeats.values()]
 
     def entries(self, dtype: torch.dtype) -> Entries:
         """The parameters for an input of `dtype`, prepared if the variant prepares any.
 
         In a call they were prepared with the view: activation checkpointing repeats none of it.
-        A bound view keeps them until a tensor that they come from changes, unless a leaf requires
-        grad. Such leaves are also written to through `.data`, which nothing can see.
+        A bound view keeps them while no gradient is asked for, until a tensor that they come from
+        changes. In train mode it keeps none that require grad: optimizers and averages also write
+        to leaves through `.data`, which torch does not count as a change.
         """
         kept, traced = self._kept, in_transform() or torch.compiler.is_compiling()
-        if kept is not None and kept.entries.serves(dtype):
-            if kept.sources is None or (not traced and kept.is_current(self)):
-                return kept.entries
+        if kept is not None and kept.sources is None and kept.entries.serves(dtype):
+            return kept.entries
+        trained = any(leaf.requires_grad for leaf in self.leaves())
+        keeps = not (traced or (trained and (self.training or torch.is_grad_enabled())))
+        if keeps and kept is not None and kept.entries.serves(dtype) and kept.is_current(self):
+            return kept.entries
         site, plain = self._site, self.plain()
         if not overrides(site.variant, "prepare"):
             return plain
-        if traced:
-            return prepare(site.variant, self._weight, plain, dtype)
-        if torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled() and not traced:
             with torch.inference_mode(False), torch.no_grad():  # to be of use outside of it too
                 entries = prepare(site.variant, self._weight, plain, dtype)
         else:
             entries = prepare(site.variant, self._weight, plain, dtype)
-        if not any(leaf.requires_grad for leaf in plain.params.values()):
-            self.__dict__["_kept"] = Kept(entries, self.sources())
+        if not traced:
+            self.__dict__["_kept"] = Kept(entries, self.sources()) if keeps else None
         return entries
 
     def plain(self) -> Entries:
         """The parameters as they are now."""
-        leaves: dict[str, Any] = {n: self._buffers[f"lora_{n}"] for n in self._site.leaves}
+        held: dict[str, Any] = {**self._parameters, **self._buffers}
+        leaves = {n: held[f"lora_{n}"] for n in self._site.leaves}
         own = [n for n, (_, axes) in self._site.leaves.items() if leaves[n].dim() > axes]
         return Entries({**leaves, **self._site.frozen}, tuple(own), None)
 
@@ -132,11 +155,37 @@ class AdaptedLayer(StandIn):
         """Each tensor that the parameters may be prepared from, as (tensor, version, ..)."""
         own = self._weight.layer._parameters
         reads = own.values() if self._site.variant.card.reads == "rows" else [own.get("bias")]
-        tensors = [t for t in (*self._buffers.values(), *reads) if t is not None]
+        tensors = [t for t in (*self.leaves(), *reads) if t is not None]
         return tuple((t, version(t), t.data_ptr(), t.device, t.dtype) for t in tensors)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
+
+
+def misplaced(path: str, shape: tuple[int, ...], n: int) -> str:
+    """The message for an input whose first axis is not that of the examples."""
+    message = (
+        f"{path!r} sees an input of shape {shape}, whose first axis is not that of the {n} "
+        "examples of its parameters: the batch has another size, or the model moves its examples "
+        "before this layer (time first, tokens flattened, experts). Leave the layer out of the "
+        "targets, or give it parameters without the example axis"
+    )
+    k, rest = divmod(shape[0], n) if shape and n else (0, 0)
+    if k > 1 and not rest:
+        message += (
+            f". If each example stands {k} times in the batch, one after the other, repeat its id: "
+            f"lf.select(population, ids.repeat_interleave({k}))"
+        )
+    return message
+
+
+def check_bare(layer: nn.Module, path: str) -> None:
+    """Raises LoraFuncError if the layer at `path` carries an adapter already."""
+    if isinstance(layer, AdaptedLayer):
+        raise LoraFuncError(
+            f"{path!r} carries an adapter already: the model is a bound view. Use the base model, "
+            "or merge the first adapter into its weights (lf.merge)"
+        )
 
 
 class Kept(NamedTuple):
@@ -153,6 +202,11 @@ class Kept(NamedTuple):
         return len(now) == len(self.sources) and all(
             new[0] is old[0] and new[1:] == old[1:] for new, old in zip(now, self.sources)
         )
+
+
+def is_parameter(leaf: Tensor) -> bool:
+    """Whether a leaf can be a parameter of a module."""
+    return not in_transform() and leaf.is_leaf
 
 
 def version(t: Tensor) -> object:

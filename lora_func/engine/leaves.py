@@ -1,4 +1,4 @@
-"""How the leaves of all layers come about, as flat dicts."""
+"""The leaves of all layers, as flat dicts: drawn, or blank on the device "meta"."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
 from ..errors import LoraFuncError, listing, near_misses
 from ..precision import autocast_off
 from ..variant import Params, Variant, Weight
 from ..weights.table import Snapshot
-from .collect import Collected
+from .collect import Collected, all_finite
 from .keys import SHARED, by_path, flat_key
 from .sites import Base, Found
 
@@ -50,7 +51,6 @@ def draw(
 
     Each dense matrix is read once at most. `seen` gets it before it is dropped.
     """
-    check_stats(found, stats)
     leaves = Leaves()
     weights = {site.path: site.weight for site in found}
     add_shared(leaves, {site.path: site.variant for site in found}, weights, generator)
@@ -59,10 +59,15 @@ def draw(
         try:
             with autocast_off(site.weight.device):  # it would round decompositions
                 drawn = site.variant.init(snapshot, generator, (stats or {}).get(site.path))
-        except LoraFuncError as error:
+            seen(site, snapshot)
+        except (LoraFuncError, LinAlgError) as error:
             raise LoraFuncError(f"{site.path!r}: {error}") from error
+        if not all_finite([drawn.trainable, drawn.frozen]):
+            raise LoraFuncError(
+                f"{site.path!r}: the parameters of {site.variant} start with NaN or infinite "
+                "entries, because the weight of the layer has some"
+            )
         leaves.add(site.path, drawn, site.weight.device)
-        seen(site, snapshot)
     return leaves
 
 
@@ -111,16 +116,16 @@ def looks_at_data(variant: Variant) -> bool:
 
 
 def check_stats(found: Sequence[Found], stats: Mapping[str, Any] | None) -> None:
-    """Raises LoraFuncError for stats that are not those which the variants look at."""
+    """Raises LoraFuncError unless `stats` has, for each layer, what its variant looks at."""
     if stats is None:
         return
     if not isinstance(stats, Mapping):
         raise LoraFuncError(
-            f"stats must be a mapping path -> what collect found, and not {type(stats).__name__}"
+            f"stats must be a mapping path -> what collect found, not {type(stats).__name__}"
         )
     looking = [site for site in found if looks_at_data(site.variant)]
     if not looking:
-        raise LoraFuncError(f"stats= was given, and {kinds(found)} looks at no data: leave it out")
+        raise LoraFuncError(f"stats= was given, but {kinds(found)} looks at no data: leave it out")
     if missing := [site.path for site in looking if site.path not in stats]:
         raise LoraFuncError(
             f"stats has nothing for {listing(missing)}.{near_misses(missing[0], stats)}"
@@ -132,13 +137,15 @@ def check_stats(found: Sequence[Found], stats: Mapping[str, Any] | None) -> None
             continue
         if source is not None and source != wanted:
             raise LoraFuncError(
-                f"stats of {path!r} were collected by {source}, and {variant} looks at {wanted}: "
+                f"stats of {path!r} were collected by {source}, but {variant} looks at {wanted}: "
                 "collect them with variant.statistic"
             )
         try:
             wanted.check(stats[path], weight)
         except LoraFuncError as error:
             raise LoraFuncError(f"stats of {path!r}, for {variant}: {error}") from error
+        if not all_finite(stats[path]):
+            raise LoraFuncError(f"stats of {path!r} have NaN or infinite entries")
 
 
 def kinds(found: Iterable[Found]) -> str:

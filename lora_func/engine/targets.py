@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from ..errors import LoraFuncError, listing, near_misses
 from ..libraries import torch_hooks, transformers
 from ..variant import Variant
 from ..weights.table import features, kind_of, read
+from . import experts
 from .sites import Found
 
 ROLES = ("reader", "writer", "inner")
@@ -22,8 +23,8 @@ OUTER = re.compile(r"lm_head|embed_tokens")
 HEADS = re.compile(
     r"(^|\.)(embed_out|proj_out|score|\w*classifier|qa_outputs)(\.|$)|^(head|heads\.head|head\.fc|fc)$"
 )
-"""Names of embeddings and heads, which are adapted only if they are named. Those in HEADS are such
-outside of the stacks of blocks of a model that has some."""
+"""Embeddings and heads, by name: they are adapted only if they are named outright. A name in HEADS
+counts only outside of a model's stacks of blocks, since layers within have such names too."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,13 @@ class Targets:
                 f"unknown role {listing(unknown)}; a role is one of {listing(ROLES)}"
             )
         if self.layers is not None:
-            object.__setattr__(self, "layers", frozenset(self.layers))
+            given: Any = self.layers
+            indices = isinstance(given, Iterable) and not isinstance(given, str)
+            if not indices or not all(type(index) is int for index in given):
+                raise LoraFuncError(
+                    f"layers={given!r}; expected indices of blocks, such as range(8) or [3]"
+                )
+            object.__setattr__(self, "layers", frozenset(given))
 
     def find(self, model: nn.Module, patterns: Collection[str] = ()) -> dict[str, nn.Module]:
         """path -> layer, in the order of `model.named_modules()`.
@@ -104,13 +111,17 @@ class Targets:
             found[path] = layer
         if narrow:
             warnings.warn(
-                f"roles={roles} leaves out {len(narrow)} layers that are named, as {narrow[0]!r}, "
-                f"whose widths are not {width}. Leave roles= out to adapt them",
+                f"roles={roles} leaves out {len(narrow)} layers that are named, such as "
+                f"{narrow[0]!r}, whose widths are not {width}. Leave roles= out to adapt them",
                 stacklevel=4,
             )
         for name in self.names:
             if not any(re.search(name, path) for path in found):
-                why = fused(name, model) or second_path(name, model) or self.hint(name, linear)
+                why = (
+                    experts.named(name, model)
+                    or second_path(name, model)
+                    or self.hint(name, linear)
+                )
                 raise LoraFuncError(
                     f"{self!r}: {name!r} matches no layer that the other fields admit.{why}"
                 )
@@ -167,7 +178,7 @@ def assign(
     kinds = list(rules.values()) if isinstance(rules, Mapping) else []
     if not kinds or not all(isinstance(variant, Variant) for variant in kinds):
         raise LoraFuncError(
-            "rules must be a Variant such as LoRA(r=8), or a mapping pattern -> Variant, and not "
+            "rules must be a Variant such as LoRA(r=8), or a mapping pattern -> Variant, not "
             f"{rules!r}"
         )
     patterns = list(rules)
@@ -194,32 +205,21 @@ def unused(pattern: str, chosen: Collection[str], targets: Targets, model: nn.Mo
         return f" An earlier pattern takes {listing(shadowed)}"
     if left_out:
         return f" It matches {listing(left_out)}, which {targets!r} leaves out"
-    return fused(pattern, model) or second_path(pattern, model) or targets.hint(pattern, linear)
-
-
-def fused(name: str, model: nn.Module) -> str:
-    """For an error: what `name` matches if a model keeps the matrices of experts in one tensor."""
-    for path, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            whole, conv = f"{path}.{own}", isinstance(module, _ConvNd)
-            if parameter.dim() == 3 and re.search(name, whole) and not conv:
-                return (
-                    f" {whole!r} fuses {parameter.shape[0]} matrices in one tensor of shape "
-                    f"{tuple(parameter.shape)}, which no linear layer applies, so there is nothing "
-                    "to adapt; adapt the attention around it"
-                )
-    return ""
+    return (
+        experts.named(pattern, model)
+        or second_path(pattern, model)
+        or targets.hint(pattern, linear)
+    )
 
 
 def second_path(name: str, model: nn.Module) -> str:
-    """For an error: a layer that `name` matches at the second place where it stands."""
+    """For an error: a layer with two paths, of which `name` matches the later one."""
     first = {id(module): path for path, module in model.named_modules() if kind_of(module)}
     for path, module in model.named_modules(remove_duplicate=False):
         known = first.get(id(module), path)
         if path != known and re.search(name, path):
             return (
-                f" {path!r} is the layer {known!r} once more, and is adapted with it, under that "
-                "path"
+                f" {path!r} and {known!r} are one layer, which is adapted under the path {known!r}"
             )
     return ""
 

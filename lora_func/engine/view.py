@@ -1,15 +1,17 @@
 """The view: a structural copy of a model in which some layers are replaced.
 
-The model itself is never touched. Copied is only what must differ: the containers on the way to a
-replaced layer; modules whose parameters require grad, which the copy holds detached, so the base
-is frozen; layers with packed weights; and modules that transformers is about to hook. A copy is a
-new object with a copy of the original's `__dict__` and of its tables of hooks. Weights, buffers,
-the hooks themselves and all other modules are shared.
+The model itself is never touched. A copy of a module is a new object of the same class, with a
+copy of the original's `__dict__`, of its tables of hooks, and of the containers among its
+attributes. So what a forward writes to its module stays in the view: caches, hooks, attributes.
+Weights, the hooks themselves, and buffers are shared; in train mode a view has buffers of its
+own, which a forward updates as nn.BatchNorm does. Parameters that require grad are held detached,
+so the base is frozen.
 
-Every call builds a view anew, in a millisecond or two. So it follows the model as it is now: in
+Every call builds a new view, in a few milliseconds. So it follows the model as it is now: in
 train or eval mode, moved, patched, checkpointed. Calls share nothing, so threads and nested
 transforms cannot meet. Building it is plain Python that torch.compile traces; a compiled call
-guards on the model and is traced again when the model changes.
+guards on the model and is traced again when the model changes. A trace copies only what must
+differ, because each module that it has not met costs it a second.
 """
 
 from __future__ import annotations
@@ -17,88 +19,107 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..libraries import dynamo, fsdp, torch_hooks, transformers
-from ..weights.table import class_in_view
-from .rebind import PLAIN, check_globals, rebound
+from ..weights.table import class_in_view, kind_of
+from .rebind import PLAIN, Rebinding, check_globals
 
 MODULE_STATE = frozenset(nn.Module().__dict__)  # what every module has
-HOOKS = frozenset(name for name in MODULE_STATE if "_hooks" in name)
+# Its dicts and sets, of which a copy has its own. FSDP gathers weights into `_parameters`.
+TABLES = frozenset(
+    name
+    for name, value in nn.Module().__dict__.items()
+    if isinstance(value, (dict, set)) and name != "_parameters"
+)
 
 
 def make_view(
     model: nn.Module,
     replace: Mapping[str, Callable[[nn.Module], nn.Module]],
     traceable: dynamo.Traceable,
-    whole: bool = False,
-) -> tuple[nn.Module, list[str]]:
+    keep: bool = False,
+) -> tuple[nn.Module, list[str], list[tuple[Tensor, int]]]:
     """A structural copy of `model` with `replace[path](module)` for the module at each path.
 
-    A module that stands in the tree twice is copied once, and stays in both places. `whole` copies
-    every module, so that a user may call `eval()` on the result. Returns the copy, and the paths
-    of `replace` that the model does not have.
+    A module that stands in the tree twice is copied once, and stays in both places. `keep`: the
+    view outlives a call, so its parameters and buffers are objects of its own, which a user may
+    move and cast; they share their memory with the model's until then.
+
+    Returns the copy, the paths of `replace` that the model does not have, and the tensors that the
+    two share, each with its version.
     """
-    structure = Structure(replace, whole)
+    structure = Structure(replace, keep, traceable.survey(model))
     view = structure.visit(model, "")
-    new = structure.new
+    if structure.survey is not None:
+        structure.survey.check(structure.replaced)
+    rebinding = Rebinding(structure.new)
     for module, copy, own in structure.copies:
-        replacement = new[id(module)]
+        replacement = structure.new[id(module)]
         # A layer's own attributes resolve to the bare copy, everyone else's to the wrapper.
-        new[id(module)] = copy
+        structure.new[id(module)] = copy
         for name, value in traceable.attributes(model, module).items():
-            if name in HOOKS:  # what is registered on a copy stays there
-                value = value.copy() if value else type(value)()  # noqa: PLW2901
-            elif name not in MODULE_STATE and type(value) not in PLAIN:
-                if name == "forward":
-                    check_globals(value, new, module)
-                value = rebound(value, new)  # noqa: PLW2901
+            if type(value) not in PLAIN:
+                if name in TABLES:  # what is registered on a copy stays there
+                    value = value.copy() if value else type(value)()  # noqa: PLW2901
+                elif name not in MODULE_STATE:
+                    if name == "forward":
+                        check_globals(value, rebinding, module)
+                    value = rebinding.attribute(value)  # noqa: PLW2901
             copy.__dict__[name] = value
         for name, value in traceable.bound_methods(module, copy).items():
             copy.__dict__[name] = value
         for name, value in own.items():
             copy.__dict__[name] = value
-        new[id(module)] = replacement
-    return view, list(structure.missing)
+        structure.new[id(module)] = replacement
+    return view, list(structure.missing), structure.versions
 
 
 class Structure:
-    """The first pass of `make_view`: which modules are copied. The copies are empty still."""
+    """The first pass of `make_view`: which modules are copied. The copies are still empty."""
 
-    def __init__(self, replace: Mapping[str, Callable[[nn.Module], nn.Module]], whole: bool):
+    def __init__(
+        self, replace: Mapping[str, Callable[[nn.Module], nn.Module]], keep: bool, survey: Any
+    ):
         self.replace = replace
-        self.whole = whole
+        self.keep = keep
+        self.survey = survey  # what a trace knows of the model
+        self.whole = not (torch.compiler.is_compiling() or torch_hooks.caching_weights())
         self.missing = dict.fromkeys(replace)
+        self.versions: list[tuple[Tensor, int]] = []  # of the tensors that view and model share
         # (original, copy, attributes of the copy alone)
         self.copies: list[tuple[nn.Module, nn.Module, dict[str, Any]]] = []
-        # id of an original module or parameter -> its replacement in the view
+        # id of an original module, parameter or buffer -> its replacement in the view
         self.new: dict[int, Any] = {}
+        self.replaced: dict[int, bool] = {}  # ids of modules that are another object in the view
 
     def visit(self, module: nn.Module, path: str, hooked: tuple[type, ...] = ()) -> nn.Module:
-        """The replacement of `module` in the view. Modules of the classes `hooked` are copied."""
+        """The replacement of `module`. A trace also copies modules of the classes `hooked`."""
         if id(module) in self.new:
             return self.new[id(module)]
-        if transformers.records_outputs(module):
+        if not self.whole and transformers.records_outputs(module):
             hooked = transformers.recorded_classes(module)
-        children, detached = {}, {}
+        children, kind = {}, class_in_view(module)
         for name, child in module._modules.items():
             if child is not None:
                 replacement = self.visit(child, f"{path}.{name}" if path else name, hooked)
                 if replacement is not child:
                     children[name] = replacement
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad:
-                detached[name] = self.new[id(parameter)] = frozen(parameter, path)
-        kind = class_in_view(module)
-        special = kind is not type(module) or isinstance(module, hooked)
+        parameters = self.parameters(module, path)
+        apart = self.survey is not None and id(module) in self.survey.apart
+        buffers = self.buffers(module, apart) if kind is type(module) else {}
+        special = apart or kind is not type(module) or isinstance(module, hooked)
         computed = module._forward_pre_hooks and torch_hooks.weight_hooks(module)
         replacement = module
-        if self.whole or children or detached or special or computed:
+        if self.whole or children or parameters or buffers or special or computed:
             torch_hooks.check_cache(module, path)
             replacement = object.__new__(kind)
             own: dict[str, Any] = {"_modules": {**module._modules, **children}}
-            if detached:
-                own["_parameters"] = {**module._parameters, **detached}
+            if parameters:
+                own["_parameters"] = {**module._parameters, **parameters}
+            if buffers:
+                own["_buffers"] = {**module._buffers, **buffers}
             if children:
                 own |= torch_hooks.without_fused_path(module)
             self.copies.append((module, replacement, own))
@@ -106,21 +127,74 @@ class Structure:
             del self.missing[path]
             replacement = self.replace[path](replacement)
         self.new[id(module)] = replacement
+        if replacement is not module:
+            self.replaced[id(module)] = True
         return replacement
 
+    def parameters(self, module: nn.Module, path: str) -> dict[str, Tensor]:
+        """The parameters of a module that its copy holds as another object."""
+        found = {}
+        for name, parameter in module._parameters.items():
+            self.note(parameter)
+            if parameter is not None and (parameter.requires_grad or self.keep):
+                if id(parameter) not in self.new:
+                    self.new[id(parameter)] = frozen(parameter, path, self.keep)
+                if self.new[id(parameter)] is not parameter:
+                    found[name] = self.new[id(parameter)]
+        return found
 
-def frozen(parameter: Tensor, path: str) -> Tensor:
-    """A detached twin of a parameter of the module at `path`. Raises LoraFuncError if sharded."""
-    if type(parameter) is nn.Parameter and not parameter.is_meta:
-        return parameter.detach()
+    def buffers(self, module: nn.Module, apart: bool) -> dict[str, Tensor]:
+        """The buffers of a module that its copy holds as copies, since a forward may write them."""
+        found = {}
+        if not module._buffers or (module._parameters.keys() <= {"bias"} and kind_of(module)):
+            return found  # a packed matrix is no state
+        written = module.training and (self.whole or torch_hooks.writes_buffers(module))
+        # A call notices what is written in eval mode, and raises. A trace cannot.
+        if written or apart or self.keep:
+            for name, buffer in module._buffers.items():
+                if type(buffer) is Tensor and not buffer.is_meta:
+                    if id(buffer) not in self.new:
+                        self.new[id(buffer)] = buffer.clone()
+                    found[name] = self.new[id(buffer)]
+        else:
+            for buffer in module._buffers.values():
+                self.note(buffer)
+        return found
+
+    def note(self, t: Tensor | None) -> None:
+        """Notes the version of a tensor, outside of a trace."""
+        if t is None or not self.whole or type(t) not in (Tensor, nn.Parameter):
+            return
+        if not t.is_inference():
+            self.versions.append((t, t._version))
+
+
+def frozen(parameter: Tensor, path: str, keep: bool) -> Tensor:
+    """What a view holds for a parameter of the module at `path`: it does not require grad.
+
+    A frozen parameter of another class, such as a packed one, is returned as it is. Raises
+    LoraFuncError if the parameter is sharded and requires grad.
+    """
+    if keep and type(parameter) is nn.Parameter and not parameter.is_meta:
+        return twin(parameter)
+    if not parameter.requires_grad:
+        return parameter
     if parameter.is_meta:  # accelerate, which offloads it, makes another of its class
         return nn.Parameter(parameter.detach(), requires_grad=False)
-    fsdp.check_frozen(parameter, path)
+    if type(parameter) is not nn.Parameter:
+        fsdp.check_frozen(parameter, path)
     return parameter.detach()
 
 
+def twin(parameter: Tensor) -> Tensor:
+    """A frozen parameter with the memory of another, and its count of versions."""
+    alone = parameter.detach()  # nn.Parameter(..) would count for itself before torch 2.13
+    alone._is_param = True  # pyright: ignore  (so nn.Parameter knows a tensor that it did not make)
+    return alone
+
+
 class StandIn(nn.Module):
-    """Replaces a layer in a view. Attributes that it lacks are those of the layer."""
+    """Replaces a layer in a view. It has all attributes of the layer."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()

@@ -9,7 +9,7 @@ under the key "lora_func":
     targets    {path: [index into variants, d_out, d_in, fingerprint or null]}
     frozen     [keys of the tensors that are constants]
     rebuilt    [keys of the constants that the file leaves out]
-    digest     SHA-256 of everything else, by which an altered file is known
+    digest     SHA-256 of everything else, which tells whether the file was altered
 
 Versions:
 
@@ -123,7 +123,7 @@ def make_variant(
     """The inverse of `plain_fields`. Raises LoraFuncError for an unknown name, field or value."""
     if name not in catalogue:
         raise LoraFuncError(
-            f"unknown variant {name!r}.{near_misses(str(name), catalogue)} Known are "
+            f"unknown variant {name!r}.{near_misses(str(name), catalogue)} The known ones are "
             f"{listing(catalogue, limit=50)}; pass your own class as load(..., variants=[Mine])"
         )
     kind = catalogue[name]
@@ -137,7 +137,7 @@ def make_variant(
             )
         if field not in known:
             raise LoraFuncError(
-                f"unknown field {old!r} of {name!r}.{near_misses(old, known)} Known are "
+                f"unknown field {old!r} of {name!r}.{near_misses(old, known)} The known ones are "
                 f"{listing(known, limit=50)}"
             )
         given[field] = value

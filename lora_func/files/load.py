@@ -16,6 +16,7 @@ from ..engine.keys import by_path, flat_key, key_mismatch
 from ..engine.leaves import Leaves, blank
 from ..engine.sites import Base
 from ..errors import LoraFuncError, listing
+from ..libraries import transformers
 from ..variant import Variant
 from ..variants import VARIANTS
 from ..weights.layer import LayerWeight
@@ -31,9 +32,12 @@ def load(
 ) -> tuple[Adapter, dict[str, Tensor]]:
     """The adapter and the parameters in a file, for `model`.
 
-    The same bits as were saved, on the devices of their layers.
+    They have the bits that were saved, on the devices of their layers.
 
     Args:
+        path: of a file that `save` wrote, or of a folder that `save_pretrained` of a bound module
+            or a trainer's checkpoint wrote.
+        model: the model that the adapter was made for, or one with the same layers.
         variants: classes beyond the catalogue that the file may name, as in `variants=[Mine]`.
         check_base: what to do if the weights of the targets are not those that the adapter was
             made on: "warn" or "error".
@@ -45,7 +49,12 @@ def load(
     """
     if check_base not in ("warn", "error"):
         raise LoraFuncError(f"check_base={check_base!r}; expected 'warn' or 'error'")
+    if isinstance(path, nn.Module) or not isinstance(model, nn.Module):
+        given = f"({type(path).__name__}, {type(model).__name__})"
+        raise LoraFuncError(f"load(path, model) takes a path and a module, not {given}")
     path = Path(path)
+    if path.is_dir() and (path / transformers.WEIGHTS).is_file():
+        path = path / transformers.WEIGHTS
     if path.is_dir():
         raise LoraFuncError(f"{str(path)!r} is a folder; give the path of a file in it")
     if not path.is_file():
@@ -130,6 +139,7 @@ def place(manifest: Manifest, plan: Plan, model: nn.Module) -> tuple[Adapter, di
         next((leaf.dtype for leaf in params.values()), torch.float32),
     )
     adapter.remember(model)
+    adapter.trust(model)
     return adapter, params
 
 
@@ -171,8 +181,8 @@ def compare_fingerprints(
     if changed:
         message = (
             f"the adapter was made on another base: the weights of {len(changed)} of {len(known)} "
-            f"adapted layers differ, as of {listing(changed, limit=3)}. Load the checkpoint that "
-            "it was trained on"
+            f"adapted layers differ, such as {listing(changed, limit=3)}. Load the checkpoint "
+            "that it was trained on"
         )
         if check_base == "error":
             raise LoraFuncError(message)

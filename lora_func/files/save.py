@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..engine.adapter import Adapter
+from ..engine.adapter import Adapter, check_order
 from ..engine.keys import by_path, flat_key
 from ..errors import LoraFuncError, listing
 from ..variant import Weight
@@ -26,19 +26,23 @@ def save(
 ) -> None:
     """Writes `adapter` with `params` to one file.
 
-    It replaces an older file only once it is whole, and keeps its mode.
+    An older file is replaced only when the new one is whole; the new one gets its mode.
 
     Args:
-        frozen: "rebuild" leaves out the constants that a variant can compute from the weights
-            again, as the SVD of each layer of AntiPaSTO: a small file, which gives other bits on
-            another machine, and another adapter on another base. To store constants in half the
-            size, `save(path, adapter.to(torch.bfloat16), params)`.
+        path: of the file. Its folder must exist.
+        adapter: as `adapt` or `load` returned it.
+        params: flat key -> tensor, for one adapter.
+        frozen: "store" writes all constants. "rebuild" leaves out those that a variant can compute
+            from the weights again, such as AntiPaSTO's singular vectors: the file is small, but
+            rebuilt constants have other bits on another machine, and differ on another base.
+            `save(path, adapter.to(torch.bfloat16), params)` stores constants in half the size.
 
     Raises:
         LoraFuncError: params that are not the adapter's; a variant whose fields are not plain
             values; a path that cannot be a file.
         OSError: the disk refuses. An existing file survives each of these.
     """
+    check_order("save(path, adapter, params)", adapter=adapter)
     adapter.check(params, examples=False)
     if frozen not in ("store", "rebuild"):
         raise LoraFuncError(f"frozen={frozen!r}; expected 'store' or 'rebuild'")
@@ -76,7 +80,7 @@ def rebuildable(adapter: Adapter) -> list[str]:
     if not keys:
         kinds = dict.fromkeys(type(variant).__name__ for variant in adapter.variants.values())
         raise LoraFuncError(
-            f"frozen='rebuild', and {listing(kinds)} has no constants that can be rebuilt: leave "
-            "it out"
+            f"frozen='rebuild' was given, but {listing(kinds)} has no constants that can be "
+            "rebuilt: leave it out"
         )
     return keys

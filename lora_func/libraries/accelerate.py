@@ -18,7 +18,8 @@ RELIES_ON = {
     "accelerate.hooks": (
         "AlignDevicesHook.__init__(offload, execution_device, weights_map, place_submodules)",
         "SequentialHook.__init__(hooks)",
-        "add_hook_to_module",  # which sets `_hf_hook` and replaces `forward`
+        "add_hook_to_module",  # which replaces `forward`
+        "source:module._hf_hook",
     )
 }
 

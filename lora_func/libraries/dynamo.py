@@ -14,9 +14,9 @@ RELIES_ON = {
     "torch.compiler": ("is_compiling",),
 }
 
-# Before 2.13 dynamo cannot iterate over `module.__dict__`, but it can over a dict that it meets as
-# a value.
-READS_DICT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+TORCH_2_13 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+"""Before it, dynamo cannot iterate over `module.__dict__`, though it can over a dict that it meets
+as a value. And it cannot bind a method."""
 
 
 class Traceable:
@@ -25,12 +25,18 @@ class Traceable:
     def __init__(self) -> None:
         self.dicts: dict[int, dict[int, dict[str, Any]]] = {}  # by id of the model, of the module
         self.methods: dict[type, tuple[str, ...]] = {}  # class -> names of its own methods
+        self.surveys: dict[int, Any] = {}  # by id of the model
 
-    def note(self, model: nn.Module) -> None:
-        """Notes a model, for as long as it lives. Modules that are added later are unknown."""
-        if not READS_DICT:
-            if id(model) not in self.dicts:
-                weakref.finalize(model, self.dicts.pop, id(model), None)
+    def note(self, model: nn.Module, survey: Any) -> None:
+        """Notes a model, for as long as it lives. Modules that are added later are unknown.
+
+        `survey` is what a caller found out about it.
+        """
+        if id(model) not in self.surveys:
+            weakref.finalize(model, self.surveys.pop, id(model), None)
+            weakref.finalize(model, self.dicts.pop, id(model), None)
+        self.surveys[id(model)] = survey
+        if not TORCH_2_13:
             self.dicts[id(model)] = {id(module): module.__dict__ for module in model.modules()}
         for module in model.modules():
             if type(module) not in self.methods:
@@ -38,17 +44,22 @@ class Traceable:
 
     def attributes(self, model: nn.Module, module: nn.Module) -> dict[str, Any]:
         """The `__dict__` of a module of the model."""
-        if READS_DICT or not torch.compiler.is_compiling():
+        if TORCH_2_13 or not torch.compiler.is_compiling():
             return module.__dict__
         return self.dicts[id(model)][id(module)]
+
+    def survey(self, model: nn.Module) -> Any:
+        """What was noted of the model; None outside of a trace, which needs none of it."""
+        return self.surveys.get(id(model)) if torch.compiler.is_compiling() else None
 
     def bound_methods(self, module: nn.Module, copy: nn.Module) -> dict[str, Any]:
         """The methods of a module's class, bound to its copy. Empty unless dynamo traces.
 
         Found on the copy itself, a method has no origin that dynamo knows, and then
         `inspect.signature(self.method)` fails, as transformers' apply_chunking_to_forward calls it.
+        Before torch 2.13 it does fail: BERT and its like do not compile there.
         """
-        if not torch.compiler.is_compiling():
+        if not TORCH_2_13 or not torch.compiler.is_compiling():
             return {}
         kind = type(module)
         return {name: getattr(kind, name).__get__(copy) for name in self.methods.get(kind, ())}

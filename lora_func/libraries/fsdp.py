@@ -1,4 +1,4 @@
-"""FSDP2: parameters that are sharded over ranks, as DTensors."""
+"""FSDP2: parameters that are sharded over ranks, as DTensors. And FSDP's first version."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from torch import Tensor
 
 from ..errors import LoraFuncError
 
-RELIES_ON = {"torch.distributed.tensor": ("DTensor.full_tensor",)}
+RELIES_ON = {
+    "torch.distributed.tensor": ("DTensor.full_tensor",),
+    "torch.distributed.fsdp": ("FullyShardedDataParallel",),
+}
+
+
+def is_first_version(module: Any) -> bool:
+    """Whether a module is a wrapper of FSDP's first version, which flattens parameters."""
+    return any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
 
 
 def is_sharded(tensor: Any) -> bool:

@@ -1,10 +1,12 @@
-"""torch.nn: layers that compute their weight, and modules that read a weight without calling."""
+"""torch.nn: layers that compute their weight, and modules that bypass a layer's forward."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -13,12 +15,22 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ..errors import LoraFuncError
 
 RELIES_ON = {
-    "torch.nn": ("Module.__init__(_forward_pre_hooks, _modules, _parameters)",),
-    "torch.nn.utils.parametrize": ("_cache_enabled", "is_parametrized"),
+    "torch.nn.modules.module": (  # the text, because torch.compile puts another `__init__` there
+        'source:super().__setattr__("_buffers"',
+        'source:super().__setattr__("_forward_pre_hooks"',
+        'source:super().__setattr__("_modules"',
+        'source:super().__setattr__("_parameters"',
+    ),
+    "torch.nn.utils.parametrize": (
+        "_cache_enabled",
+        "is_parametrized",
+        "source:module.parametrizations[",
+    ),
     "torch.nn.utils.prune": ("source:_tensor_name",),
-    "torch.nn.utils.spectral_norm": ("SpectralNorm.__call__", "source:self.name = name"),
-    "torch.nn.utils.weight_norm": ("WeightNorm.__call__", "source:self.name = name"),
+    "torch.nn.utils.spectral_norm": ("source:self.name = name", "source:def __call__(self, module"),
+    "torch.nn.utils.weight_norm": ("source:self.name = name", "source:def __call__(self, module"),
     "torch.nn.modules.transformer": ("source:activation_relu_or_gelu",),
+    "torch.nn.modules.batchnorm": ("_NormBase", "source:track_running_stats"),
 }
 
 
@@ -42,8 +54,8 @@ def computes_weight(module: nn.Module) -> bool:
 def stored_weight(layer: Any) -> Any:
     """`layer.weight`; if the layer computes it, as its next forward in eval mode would.
 
-    Writes nothing. Plain reading would: in train mode it moves the vectors of spectral_norm. And
-    what a hook left on the layer is the weight of the last forward.
+    It writes nothing. Reading the attribute can: in train mode it moves the vectors of
+    spectral_norm. And with a hook, the attribute is the weight of the last forward.
     """
     if not computes_weight(layer):
         return getattr(layer, "weight", None)
@@ -51,7 +63,7 @@ def stored_weight(layer: Any) -> Any:
     training = any(module.training for module in layer.modules())
     still = stilled(layer) if hooks or training else layer
     if not hooks:
-        # Not by the attribute: `parametrize.cached` would keep it under the id of a passing copy.
+        # Not by the attribute: `parametrize.cached` would keep it under the id of a copy.
         return still.parametrizations["weight"]()
     for hook in hooks:
         hook(still, ())
@@ -66,13 +78,38 @@ def stilled(module: nn.Module) -> Any:
     return twin
 
 
+def holding(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
+    """A structural copy of a layer, in eval mode, that holds other tensors where it has some.
+
+    Its buffers and containers are its own too, so its forward writes to nothing of the layer.
+    """
+    twin = stilled(layer)
+    for module in twin.modules():
+        for name, value in vars(module).items():
+            if type(value) in (list, dict, set):
+                module.__dict__[name] = value.copy()
+        buffers = {name: b if b is None else b.clone() for name, b in module._buffers.items()}
+        module.__dict__["_buffers"] = buffers
+    twin.__dict__["_parameters"] = dict(layer._parameters)
+    for name, tensor in tensors.items():
+        if getattr(layer, name, None) is not None:
+            homes = twin._parameters, twin._buffers
+            next((home for home in homes if name in home), twin.__dict__)[name] = tensor
+    return twin
+
+
+def caching_weights() -> bool:
+    """Whether `parametrize.cached()` is on: it keeps computed weights by the id of their module."""
+    return bool(parametrize._cache_enabled)
+
+
 def check_cache(module: nn.Module, path: str) -> None:
     """Raises LoraFuncError inside `parametrize.cached()`, for a module that it applies to."""
-    if parametrize._cache_enabled and parametrize.is_parametrized(module):
+    if caching_weights() and parametrize.is_parametrized(module):
         raise LoraFuncError(
-            "torch.nn.utils.parametrize.cached() keeps weights by the id of their module, and in "
-            f"a call {path!r} is a passing copy. Leave cached(), or freeze the model with "
-            "requires_grad_(False)"
+            "torch.nn.utils.parametrize.cached() keeps weights by the id of their module, but in "
+            f"a call {path!r} is a copy that is gone afterwards. Leave cached(), or freeze the "
+            "model with requires_grad_(False)"
         )
 
 
@@ -82,6 +119,11 @@ def without_fused_path(module: nn.Module) -> dict[str, Any]:
     In eval mode nn.TransformerEncoderLayer hands the weights of linear1 and linear2 to a kernel.
     """
     return {"activation_relu_or_gelu": 0} if isinstance(module, nn.TransformerEncoderLayer) else {}
+
+
+def writes_buffers(module: nn.Module) -> bool:
+    """Whether the forward of a module updates statistics in train mode."""
+    return isinstance(module, _NormBase) and module.track_running_stats
 
 
 def uncalled_layers(model: nn.Module) -> dict[str, str]:

@@ -5,6 +5,9 @@ transformers itself is not imported.
 
 from __future__ import annotations
 
+import copy
+import json
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,13 +17,61 @@ RELIES_ON = {
     "transformers.modeling_utils": (
         "PreTrainedModel._can_record_outputs",
         "PreTrainedModel.config_class",
+        "source:transformers_weights",
     ),
     "transformers.utils.output_capturing": (
         "source:target_class",
         "source:_output_capturing_hooks_installed",
     ),
-    "transformers.configuration_utils": ("PretrainedConfig.get_text_config",),
+    "transformers.configuration_utils": ("PretrainedConfig.get_text_config", "PreTrainedConfig"),
+    "transformers.generation": (
+        "GenerationConfig",
+        "GenerationMixin.generate",
+        "GenerationMixin._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids)",
+    ),
+    "transformers.generation.utils": ("source:self._expand_inputs_for_generation(",),
+    "transformers.trainer_utils": ("source:_hf_peft_config_loaded",),
+    "transformers.utils": ("CONFIG_NAME", "SAFE_WEIGHTS_NAME"),
 }
+
+EXPAND = "_expand_inputs_for_generation"  # generate's method that repeats prompts for beams
+WEIGHTS = "model.safetensors"  # the file in which its Trainer looks for a checkpoint's weights
+CONFIG = "config.json"
+NO_MODEL = "this folder holds an adapter of lora_func, which lora_func.load reads, and no model"
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether `from_pretrained` reads a model from a folder."""
+    config = folder / CONFIG
+    return config.exists() and NO_MODEL not in config.read_text(encoding="utf-8")
+
+
+def mark_adapter(folder: Path, view: Any) -> None:
+    """Makes `from_pretrained` raise in a folder that holds an adapter alone.
+
+    It would leave the model of its config at random values, with a warning. The config that this
+    writes names a file of weights that cannot be, and the error shows the name.
+    """
+    config = {"transformers_weights": NO_MODEL}
+    if isinstance(kind := getattr(getattr(view, "config", None), "model_type", None), str):
+        config["model_type"] = kind
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def own_configs(view: nn.Module) -> None:
+    """Gives a bound view configs of its own, because trainers and users set fields of them."""
+    memo: dict[int, Any] = {}  # a config holds those of its parts
+    for module in view.modules():
+        for name, value in module.__dict__.items():
+            kinds = {kind.__name__ for kind in type(value).__mro__}
+            if not kinds.isdisjoint(("PreTrainedConfig", "GenerationConfig")):
+                module.__dict__[name] = copy.deepcopy(value, memo)
+
+
+def allow_training(view: nn.Module) -> None:
+    """Lets Trainer train a bound view of a quantized model, which it refuses without an adapter."""
+    if getattr(view, "is_quantized", False):
+        view.__dict__["_hf_peft_config_loaded"] = True
 
 
 def is_conv1d(module: Any) -> bool:

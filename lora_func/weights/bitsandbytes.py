@@ -1,4 +1,4 @@
-"""bitsandbytes: 4-bit and 8-bit layers. It is imported only where such a layer is at hand."""
+"""bitsandbytes: 4-bit and 8-bit layers. It is imported only if a model has such a layer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def kind_of_weight(layer: Any) -> str:
 
 
 class Packed4bitWeight(LayerWeight):
-    """Of `Linear4bit`. The matrix is dequantized each time, to the dtype that it had before."""
+    """The weight of `Linear4bit`, dequantized at each use to the dtype that it was packed from."""
 
     opaque = True
 
@@ -66,7 +66,8 @@ class Packed4bitWeight(LayerWeight):
 
     @property
     def matrix(self) -> Tensor:
-        from bitsandbytes import functional  # noqa: PLC0415  (who has such a layer has it)
+        # Who has such a layer has bitsandbytes. Without it, pyright takes its name for this module.
+        from bitsandbytes import functional  # noqa: PLC0415  # pyright: ignore[reportAttributeAccessIssue]
 
         packed, state = self.layer.weight.detach(), self.state
         if self.inference_only:
@@ -85,7 +86,10 @@ class Packed4bitWeight(LayerWeight):
 
 
 class Float8bitWeight(LayerWeight):
-    """Of `Linear8bitLt(has_fp16_weights=True)`: a float matrix, quantized in every forward."""
+    """The weight of `Linear8bitLt(has_fp16_weights=True)`: a float matrix.
+
+    The layer quantizes it in every forward.
+    """
 
     opaque = True
 
@@ -95,7 +99,7 @@ class Float8bitWeight(LayerWeight):
 
 
 class Packed8bitWeight(LayerWeight):
-    """Of `Linear8bitLt`: int8 rows and their scales.
+    """The weight of `Linear8bitLt`: int8 rows and their scales.
 
     The product here is with the dequantized matrix. The layer's own kernel also quantizes its
     input, in eval mode and always on CUDA, and differs from this one by 1e-2.
@@ -127,7 +131,7 @@ class Packed8bitWeight(LayerWeight):
 
     @property
     def matrix(self) -> Tensor:
-        from bitsandbytes import functional  # noqa: PLC0415  (who has such a layer has it)
+        from bitsandbytes import functional  # noqa: PLC0415  # pyright: ignore[reportAttributeAccessIssue]
 
         rows, scales = self.rows_and_scales
         return functional.int8_vectorwise_dequant(rows, scales)  # pyright: ignore

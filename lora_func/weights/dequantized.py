@@ -1,4 +1,4 @@
-"""Packed weights that say themselves how to unpack them: torchao, HQQ, GPTQ."""
+"""Packed weights with a method that unpacks them: torchao, HQQ, GPTQ."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import LoraFuncError
 from .layer import LayerWeight, is_sized, whole
 from .product import frozen_product
 
@@ -17,7 +18,7 @@ def unpacks_itself(weight: Any) -> bool:
 
 
 class DequantizedWeight(LayerWeight):
-    """Of a layer whose weight is a tensor subclass that unpacks itself."""
+    """The weight of a layer that stores it as a tensor subclass with a `dequantize`."""
 
     opaque = True
 
@@ -34,13 +35,14 @@ class DequantizedWeight(LayerWeight):
 
 
 class DequantizingLayer(LayerWeight):
-    """Of a layer without a `weight` that unpacks its matrix: HQQ's `HQQLinear`, GPTQModel's.
+    """The weight of a layer without a `weight`, but with a method that unpacks its matrix.
 
-    HQQ's method returns `[d_out, d_in]`, GPTQModel's `[d_in, d_out]`.
+    HQQ's `HQQLinear` has `dequantize`, GPTQModel's layers have `dequantize_weight`. GPTQModel's
+    return `[d_in, d_out]`, all others `[d_out, d_in]`.
     """
 
     opaque = True
-    METHODS: ClassVar = {"dequantize": False, "dequantize_weight": True}  # -> is it transposed?
+    METHODS: ClassVar = ("dequantize", "dequantize_weight")
 
     @classmethod
     def matches(cls, layer: Any) -> bool:
@@ -54,17 +56,21 @@ class DequantizingLayer(LayerWeight):
     def matrix(self) -> Tensor:
         kind = type(self.layer)
         name = next(name for name in self.METHODS if callable(getattr(kind, name, None)))
-        matrix = getattr(self.layer, name)().detach()
-        return matrix.mT if self.METHODS[name] else matrix
-
-    def problem(self) -> str | None:
         try:
-            matrix = self.matrix
+            matrix = getattr(self.layer, name)().detach()
         except Exception as error:  # whatever its kernels raise
-            return (
-                f"whose matrix cannot be unpacked ({type(error).__name__}: {error}). Leave it out"
-            )
-        return None if tuple(matrix.shape) == self.features else self.misfit(matrix)
+            raise LoraFuncError(
+                f"the matrix of a {kind.__name__} cannot be unpacked ({type(error).__name__}: "
+                f"{error}). Leave the layer out, as in Targets(exclude=...)"
+            ) from error
+        if any(base.__module__.startswith("gptqmodel.") for base in kind.__mro__):
+            matrix = matrix.mT
+        if tuple(matrix.shape) != self.features:
+            raise LoraFuncError(f"a {kind.__name__} {self.misfit(matrix)}")
+        return matrix
+
+    def problem(self) -> None:  # `matrix` raises: to look for one here would unpack it once more
+        return None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from ..variant import Weight
 
 
 class LayerWeight(Weight):
-    """Of a layer with `weight [out_features, in_features]`: `nn.Linear` and layers built like it.
+    """The weight of `nn.Linear`, and of layers with a `weight [out_features, in_features]` like it.
 
     A new way of holding a matrix is a subclass, and a line in `table.KINDS`.
     """
@@ -32,7 +32,8 @@ class LayerWeight(Weight):
         stored = torch_hooks.stored_weight(self.layer)
         if isinstance(stored, Tensor) and nn.parameter.is_lazy(stored):
             return "without a weight yet: run the model once, then adapt it"
-        if isinstance(stored, Tensor) and stored.is_floating_point() and stored.dim() == 2:
+        floating = isinstance(stored, Tensor) and stored.is_floating_point() and stored.dim() == 2
+        if floating and stored.dtype.itemsize > 1 and not is_sparse(stored):  # float8 has scales
             return None if self.shape == self.features else self.misfit(stored)
         return self.misfit(stored)
 
@@ -40,7 +41,8 @@ class LayerWeight(Weight):
         """The problem of a stored tensor that is not the expected matrix."""
         given = "no weight"
         if isinstance(stored, Tensor):
-            given = f"a weight of {stored.dtype} and shape {tuple(stored.shape)}"
+            sparse = "sparse " * is_sparse(stored)
+            given = f"a {sparse}weight of {stored.dtype} and shape {tuple(stored.shape)}"
         return (
             f"with {given}, where a floating one of shape {self.features} was expected; this way "
             "of packing a weight is not supported. Leave it out, as in Targets(exclude=...)"
@@ -91,7 +93,7 @@ class LayerWeight(Weight):
 
 
 class TransposedWeight(LayerWeight):
-    """Of a layer that holds `[in, out]` and computes `x @ weight`."""
+    """The weight of a layer that holds `[in, out]` and computes `x @ weight`."""
 
     @property
     def matrix(self) -> Tensor:
@@ -107,7 +109,7 @@ class TransposedWeight(LayerWeight):
 
 
 class Conv1DWeight(TransposedWeight):
-    """Of transformers' `Conv1D`, GPT-2's linear layer."""
+    """The weight of transformers' `Conv1D`, GPT-2's linear layer."""
 
     @classmethod
     def matches(cls, layer: Any) -> bool:
@@ -116,6 +118,12 @@ class Conv1DWeight(TransposedWeight):
     @property
     def features(self) -> tuple[int, int]:
         return self.layer.nf, self.layer.nx
+
+
+def is_sparse(stored: Tensor) -> bool:
+    """Whether a tensor holds only some of its entries."""
+    semi = isinstance(stored, torch.sparse.SparseSemiStructuredTensor)
+    return semi or stored.layout is not torch.strided
 
 
 def is_sized(layer: Any) -> bool:

@@ -1,8 +1,9 @@
-"""The table of ways in which a layer can hold its matrix, and what is asked of it."""
+"""The table of ways in which a layer can hold its matrix, and the functions that look one up."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..errors import LoraFuncError
 from ..libraries import torch_hooks
 from ..libraries.functorch import in_transform
 from ..variant import Weight
+from .asked import asked
 from .bitsandbytes import Float8bitWeight, Packed4bitWeight, Packed8bitWeight
 from .dequantized import DequantizedWeight, DequantizingLayer
 from .layer import Conv1DWeight, LayerWeight, TransposedWeight
@@ -41,9 +43,9 @@ def features(module: Any) -> tuple[int, int]:
 
 
 def weight_of(layer: Any, transposed: bool = False) -> LayerWeight:
-    """The `Weight` of a linear layer. `transposed`: what `read` found for a layer of another class.
+    """The `Weight` of a linear layer. Raises LoraFuncError for any other module.
 
-    Raises LoraFuncError for another module.
+    `transposed`: whether `read` found that a layer of an unknown class holds `[in, out]`.
     """
     kind = kind_of(layer)
     if kind is None:
@@ -60,41 +62,21 @@ def read(path: str, layer: Any) -> LayerWeight:
     Raises LoraFuncError, naming the layer and its class, if its matrix cannot be read.
     """
     weight, kind = weight_of(layer), type(layer).__name__
-    if type(weight) is LayerWeight and holds_transpose(path, layer):
+    plain = type(layer).forward is nn.Linear.forward and "forward" not in vars(layer)
+    unknown = type(weight) is LayerWeight and not plain
+    stored = torch_hooks.stored_weight(layer) if unknown else None
+    shape = None if stored is None or nn.parameter.is_lazy(stored) else tuple(stored.shape)
+    if shape == weight.features[::-1]:  # if square, the layer is asked
         weight = TransposedWeight(layer)
     if problem := weight.problem():
         raise LoraFuncError(f"{path!r} is a {kind} {problem}")
-    return weight
-
-
-def holds_transpose(path: str, layer: Any) -> bool:
-    """Whether a layer with a forward of its own holds `[in, out]` and computes `x @ weight`.
-
-    The shapes tell. For a square weight, a row is run through the layer.
-    """
-    stored = torch_hooks.stored_weight(layer)
-    if type(layer).forward is nn.Linear.forward or not isinstance(stored, Tensor):
-        return False
-    if nn.parameter.is_lazy(stored) or not stored.is_floating_point() or stored.dim() != 2:
-        return False
-    d_out, d_in = LayerWeight(layer).features
-    if d_out != d_in or stored.is_meta:
-        return d_out != d_in and tuple(stored.shape) == (d_in, d_out)
-    still = torch_hooks.stilled(layer)
-    x = torch.randn(1, d_in, generator=torch.Generator().manual_seed(0)).to(stored)
-    try:
-        with torch.no_grad():
-            weight = LayerWeight(still)
-            y = type(layer).forward(still, x)
-            y = y if weight.bias is None else y - weight.bias
-            upright, transposed = (x @ weight.matrix.mT - y).norm(), (x @ weight.matrix - y).norm()
-    except Exception as error:  # whatever the layer raises for a plain row
-        raise LoraFuncError(
-            f"{path!r} is a {type(layer).__name__} with a square weight, and whether it computes "
-            f"x Wᵀ or x W cannot be told: a row of {d_in} numbers raises "
-            f"{type(error).__name__}: {error}. Leave it out, as in Targets(exclude=...)"
-        ) from error
-    return bool(transposed < upright)
+    answer = asked(layer) if unknown else weight
+    if isinstance(answer, LayerWeight):
+        return answer
+    name = path.rpartition(".")[2]
+    pattern = f"^{re.escape(path)}$" if name.isdecimal() else f"{re.escape(name)}$"
+    hint = f"exclude=({pattern!r},)"
+    raise LoraFuncError(f"{path!r} is a {kind}{answer}. Leave it out, as in Targets({hint})")
 
 
 class Snapshot(Weight):
@@ -153,7 +135,10 @@ PASSABLE: dict[type[nn.Module], type[nn.Module]] = {}  # functools.cache would w
 
 
 def passable(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a packed layer: it runs the layer's kernel, but its Weight in transforms."""
+    """A subclass of a packed layer's class.
+
+    It runs the layer's own kernel; inside a transform, the product with the layer's `Weight`.
+    """
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         wants_grad = x.requires_grad and torch.is_grad_enabled()

@@ -1,0 +1,92 @@
+"""Whether the tensors of a base are what an adapter takes them for, between calls and in one."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LoraFuncError
+from ..libraries.functorch import in_transform
+from ..weights.table import fingerprint
+from .layer import AdaptedLayer
+from .sites import Base
+
+ROUNDED = torch.float16  # a cast to it changes the fingerprint, which rounds to bfloat16
+
+
+def check_written(model: nn.Module, versions: Sequence[tuple[Tensor, int]]) -> None:
+    """Raises LoraFuncError if a tensor was written to in place after its version was noted."""
+    written = {id(t) for t, version in versions if t._version != version}
+    if not written:
+        return
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        for name, t in (*module._parameters.items(), *module._buffers.items()):
+            if id(t) in written:
+                buffer = name in module._buffers
+                raise LoraFuncError(
+                    f"{kind} {path!r} was called, and its {'buffer' if buffer else 'parameter'} "
+                    f"{name!r} was written to in place. A call shares it with the model, so the "
+                    "model has changed. Use module = lf.bind(adapted_forward, model, params)"
+                    + (", whose buffers are its own" if buffer else " on a copy of the model")
+                )
+
+
+class Drift:
+    """Tells when the weights of a base are not those that an adapter was made on.
+
+    So they are after a merge into the base, on which the adapter would act a second time. Versions
+    and addresses of the weights, noted at the last call, tell which to look at; fingerprints tell
+    whether these differ. A write through `.data` counts no version, and is not seen.
+    """
+
+    def __init__(self) -> None:
+        # For each model, by path of a layer: what was known of its weight.
+        self.known: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]]
+        self.known = weakref.WeakKeyDictionary()
+
+    def note(self, model: nn.Module, base: Mapping[str, Base]) -> None:
+        """Takes the weights of `model` for those of the adapter, whatever they are."""
+        self.known[model] = {path: mark(model.get_submodule(path)) for path in base}
+
+    def check(
+        self, model: nn.Module, layers: Sequence[AdaptedLayer], base: Mapping[str, Base]
+    ) -> None:
+        """Warns if the weights in a view of `model` have changed to others than the adapter's."""
+        if in_transform():
+            return
+        known = self.known.setdefault(model, {})
+        changed = []
+        for layer in layers:
+            path, now = layer._site.path, mark(layer._modules["layer"])
+            before = known.get(path)
+            if now != before:
+                known[path] = now
+                if now is not None and now[0] == (before or now)[0] and now[0] != ROUNDED:
+                    changed.append(layer)
+        for layer in changed:
+            path = layer._site.path
+            if layer._weight.at_hand and fingerprint(layer._weight) != base[path].fingerprint:
+                warnings.warn(
+                    f"the weight of {path!r} is not the one on which the adapter was made. If an "
+                    "adapter was merged into the model, this call applies it a second time: run "
+                    "the merged model itself, or load the base again",
+                    stacklevel=4,
+                )
+                return
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Drift, ()
+
+
+def mark(layer: Any) -> tuple[Any, ...] | None:
+    """What differs after most changes of a layer's weight; None for a weight that is packed."""
+    weight = layer._parameters.get("weight")
+    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or weight.is_inference():
+        return None
+    return weight.dtype, weight._version, weight.data_ptr()
