@@ -30,8 +30,9 @@ def install_smollm2(session: nox.Session) -> None:
 
 
 def run_tests(session: nox.Session, *arguments: str) -> None:
-    """All but those that need bitsandbytes."""
-    session.run("pytest", "--ignore=tests/bnb", *arguments, *(session.posargs or ["-n", "auto"]))
+    """All but those that have a session of their own."""
+    others = ("--ignore=tests/bnb", "--ignore=tests/trainers")
+    session.run("pytest", *others, *arguments, *(session.posargs or ["-n", "auto"]))
 
 
 @nox.session
@@ -56,6 +57,13 @@ def bnb(session: nox.Session) -> None:
     """Every adapter on bitsandbytes' 4-bit and 8-bit layers, on the CPU, and on a GPU if any."""
     install(session, "bnb", extras="[hf,bnb]")
     session.run("pytest", "tests/bnb", *(session.posargs or ["-n", "auto"]))
+
+
+@nox.session
+def trainers(session: nox.Session) -> None:
+    """Trainer, TRL, Lightning, DDP and accelerate on bound modules, a minute or two."""
+    install(session, "trainers", extras="[hf,bnb]")
+    session.run("pytest", "tests/trainers", *(session.posargs or ["-n", "auto"]))
 
 
 SOAKED = (

@@ -27,9 +27,10 @@ ROOMS = {
     "libraries": set(),
     "weights": {"variant", "libraries"},
     "engine": {"variant", "precision", "weights", "libraries"},
-    "files": {"engine", "variant", "variants", "version", "weights"},
+    "files": {"engine", "libraries", "variant", "variants", "version", "weights"},
     "population": set(),
     "grad": {"libraries"},
+    "binding": {"engine", "files", "libraries"},
     "merging": {"engine", "libraries", "precision", "variant"},
     "probing": {"engine", "weights"},
     "testing": {"engine", "files", "variant"},
@@ -54,7 +55,7 @@ def imports_of(path: Path, source: str | None = None) -> set[str]:
             whole = (*start, *(node.module or "").split(".")) if node.module else start
             # `from .. import x` may import the room x.
             bare = len(whole) == 1 and whole[0] == "lora_func"
-            names = [(*whole, alias.name) for alias in node.names] if bare else [whole]
+            names = [(*whole, alias.name) for alias in node.names] if bare else [tuple(whole)]
         elif isinstance(node, ast.Import):
             names = [tuple(alias.name.split(".")) for alias in node.names]
         for name in names:
@@ -103,9 +104,11 @@ def test_no_arrow_goes_round():
 
 
 def private_names(path: Path) -> set[str]:
-    """Attributes with a leading underscore that a module reads of anything but self or cls."""
+    """Names with a leading underscore of others: what a module imports, and attributes it reads."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {alias.name for alias in node.names if alias.name.startswith("_")}
         if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
             owner = node.value.id if isinstance(node.value, ast.Name) else ""
             if owner not in ("self", "cls") and not node.attr.startswith("__"):
@@ -114,8 +117,9 @@ def private_names(path: Path) -> set[str]:
 
 
 OURS = {"_site", "_weight", "_kept", "_expects_grad", "_path", "_sums", "_traceable", "_sites"}
+OURS |= {"_ran", "_read", "_reach", "_drift", "_repeats"}
 # nn.Module's own tables, which a structural copy is made of, and what pytrees and namedtuples have.
-MODULE = {"_modules", "_parameters", "_buffers", "_forward_pre_hooks"}
+MODULE = {"_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_apply", "_is_param"}
 ALLOWED = OURS | MODULE | {"_replace", "_version", "_pytree"}
 
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 import lora_func as lf
 
 # LLaVA reads the features of the last layer but one and ignores the output of the last layer
-UNUSED = {"llava": r"vision_tower\.encoder\.layers\.1\."}
+UNUSED = {"llava": r"vision_tower\.(vision_model\.)?encoder\.layers\.1\."}
 
 
 def outputs(out) -> list[torch.Tensor]:
@@ -24,12 +24,13 @@ def outputs(out) -> list[torch.Tensor]:
 
 
 def loss_of(out) -> torch.Tensor:
-    """A fixed random projection: the mean square of a normalised output has no gradient."""
+    """A fixed random projection. The mean square of a normalised output has no gradient."""
     seeded = torch.Generator().manual_seed(0)
     parts = [(t * torch.randn(t.shape, generator=seeded)).sum() for t in outputs(out)]
     return torch.stack(parts).sum()
 
 
+@pytest.mark.filterwarnings("ignore:the .* adapted layers hold .* in fused experts")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architecture(name, tmp_path):
     """Everything an adapter does on one type of model, which stays unchanged.
@@ -63,9 +64,11 @@ def test_architecture(name, tmp_path):
 
     lf.save(tmp_path / "a.safetensors", adapter, params)
     again, same = lf.load(tmp_path / "a.safetensors", model, check_base="error")
-    expected = outputs(adapter(model, params, batch))
-    for run in (again(model, same, batch), lf.bind(adapter, model, params)(**batch)):
-        assert all(torch.equal(given, t) for given, t in zip(outputs(run), expected, strict=True))
+    with torch.no_grad():  # which kernels run depends on whether something requires grad
+        expected = outputs(adapter(model, params, batch))
+        for run in (again(model, same, batch), lf.bind(adapter, model, params)(**batch)):
+            found = zip(outputs(run), expected, strict=True)
+            assert all(torch.equal(given, t) for given, t in found)
     assert state_of(model) == before
 
 

@@ -9,22 +9,34 @@ from architectures import ARCHITECTURES
 from models import trained
 
 import lora_func as lf
+from lora_func.libraries.dynamo import TORCH_2_13
 
 FAMILIES = (
-    *("llama", "qwen2", "mistral", "gemma3", "gpt2", "opt", "phi3"),
-    *("bert", "roberta", "electra", "deberta_v2", "t5", "bart", "vit"),
+    *("llama", "qwen2", "mistral", "gemma3", "gpt2", "gptj", "opt", "phi3"),
+    *("bert", "roberta", "electra", "deberta", "deberta_v2", "t5", "bart", "vit"),
 )
 
 
+# Before torch 2.13 dynamo does not trace `inspect.signature(self.method)`, which three of them call
+# in a view, and `copy.deepcopy`, which T5 calls without one.
+SINCE_2_13 = ("bert", "roberta", "electra", "t5")
+
+
+def case(name: str):
+    fails = pytest.mark.xfail(not TORCH_2_13, reason="needs torch 2.13", strict=True)
+    return pytest.param(name, marks=fails if name in SINCE_2_13 else ())
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of models, about what they do not compile
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [case(name) for name in FAMILIES])
 def test_one_graph(name):
-    """fullgraph, and none more for other parameters; the output is that of the eager call."""
+    """There is one graph for all parameters. Its output is that of the eager call."""
     torch._dynamo.reset()
     make, batch_of, _ = ARCHITECTURES[name]
-    model, batch = make().eval().requires_grad_(False), batch_of()
+    model, batch = make(), batch_of()
+    model.eval().requires_grad_(False)
     if not model.config.is_encoder_decoder:
-        batch.pop("labels", None)  # for which some models log a warning, which dynamo cannot trace
+        batch.pop("labels", None)  # some models log a warning about them, which dynamo cannot trace
     adapter, params = lf.adapt(model, lf.DoRA(r=2))
 
     def f(params):

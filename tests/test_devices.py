@@ -1,6 +1,7 @@
-"""Bases whose layers are not all on one device, and offloaded ones: what accelerate makes of a `device_map`.
+"""Bases with layers on several devices, and offloaded ones, as accelerate makes them.
 
-Here the device to compute on is the CPU, and what is offloaded is on the meta device between forwards, as beside a GPU.
+Here layers compute on the CPU. Offloaded weights are on the meta device between forwards, as they
+are beside a GPU.
 """
 
 from __future__ import annotations
@@ -20,20 +21,22 @@ from models import text_batch, tiny_llama, trained
 from torch import nn
 
 import lora_func as lf
+from lora_func.probing import state_hash
 from lora_func.weights.layer import whole
 
-MAP = {
+CPU = torch.device("cpu")
+MAP: dict[str, str | int | torch.device] = {
     "model.embed_tokens": "cpu",
     "model.rotary_emb": "cpu",
     "model.layers.0": "disk",
     "model.layers.1": "cpu",
+    "model.norm": "cpu",
+    "lm_head": "disk",
 }
 OFFLOADED = {
-    "cpu": lambda model, folder: cpu_offload(model, "cpu"),
-    "disk": lambda model, folder: disk_offload(model, folder, "cpu"),
-    "map": lambda model, folder: dispatch_model(
-        model, {**MAP, "model.norm": "cpu", "lm_head": "disk"}, offload_dir=folder
-    ),
+    "cpu": lambda model, folder: cpu_offload(model, CPU),
+    "disk": lambda model, folder: disk_offload(model, folder, CPU),
+    "map": lambda model, folder: dispatch_model(model, MAP, offload_dir=folder),
 }
 VARIANTS = [
     lf.LoRA(r=4),
@@ -65,20 +68,18 @@ def same(a, b) -> bool:
     ids=str,
 )
 def test_an_offloaded_base_is_the_base(variant, frozen, offload, tmp_path):
-    """Parameters, constants, fingerprints, outputs, gradients, merged weights and files: to the bit, and on the CPU."""
+    """Offloading changes no result by a bit, and all results are on the CPU.
+
+    They are parameters, constants, fingerprints, outputs, gradients, merged weights and files.
+    """
     model, batch = tiny_llama(attention_bias=True).requires_grad_(not frozen), text_batch()
 
     def everything(model):
         adapter, params = lf.adapt(model, variant, generator=seeded())
         moved = {key: leaf + 0.1 for key, leaf in params.items()}
         loss, grads = lf.value_and_grad(lambda p: adapter(model, p, batch).loss)(moved)
-        return adapter.base, [
-            params,
-            dict(adapter.frozen),
-            {"": loss},
-            grads,
-            lf.merge(adapter, model, moved),
-        ]
+        merged = lf.merge(adapter, model, moved)
+        return adapter.base, [params, dict(adapter.frozen), {"loss": loss}, grads, merged]
 
     base, expected = everything(model)
     lf.save(tmp_path / "adapter.safetensors", *lf.adapt(model, variant, generator=seeded()))
@@ -87,11 +88,10 @@ def test_an_offloaded_base_is_the_base(variant, frozen, offload, tmp_path):
     assert model.model.layers[0].self_attn.q_proj.weight.is_meta
     base_there, given = everything(model)
     assert base_there == base
-    for a, b in zip(given, expected):
+    for a, b in zip(given, expected, strict=True):
         assert same(a, b)
-    assert same(
-        lf.load(tmp_path / "adapter.safetensors", model, check_base="error")[1], expected[0]
-    )
+    _, loaded = lf.load(tmp_path / "adapter.safetensors", model, check_base="error")
+    assert same(loaded, expected[0])
     for name, tensor in held.items():
         path, _, leaf = name.rpartition(".")
         assert torch.equal(whole(model.get_submodule(path), leaf), tensor)
@@ -101,7 +101,11 @@ def test_an_offloaded_base_is_the_base(variant, frozen, offload, tmp_path):
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_transforms(where, tmp_path):
-    """torch.func.grad runs through hooks; where dispatch_model offloads to the disk it cannot, and says what can."""
+    """torch.func.grad runs through hooks.
+
+    It cannot run through layers that dispatch_model offloads to the disk; the error names a way
+    that can.
+    """
     model, batch = tiny_llama().requires_grad_(False), text_batch()
     adapter, params = lf.adapt(model, lf.DoRA(r=4))
     params = trained(params)
@@ -114,11 +118,10 @@ def test_transforms(where, tmp_path):
         grad(params)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:You are calling .generate:UserWarning"
-)  # transformers, where there is a GPU
+# transformers warns so on a machine with a GPU.
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
 def test_generate_and_probe(offload):
-    """A bound view of an offloaded model generates, and the probe can tell that the base is as it was."""
+    """A bound view of an offloaded model generates, and the probe finds its base unchanged."""
     model, batch = tiny_llama(), text_batch()
     adapter, params = lf.adapt(model, lf.DoRA(r=4))
     params = trained(params)
@@ -132,22 +135,21 @@ def test_generate_and_probe(offload):
 
 
 def test_probe_sees_a_change_of_offloaded_weights():
-    """Its hash covers what the hooks hold, not the empty tensors that stand in the model meanwhile."""
-    from lora_func.probing import state_hash  # noqa: PLC0415
-
-    model = cpu_offload(tiny_llama(), "cpu")
+    """Its hash covers the weights that the hooks hold, not the empty tensors in the model."""
+    model = tiny_llama()
+    cpu_offload(model, CPU)
     before = state_hash(model)
     model.model.layers[0].self_attn.q_proj._hf_hook.weights_map["weight"][0, 0] += 1
     assert state_hash(model) != before
 
 
 def test_a_chain_of_hooks():
-    """accelerate chains hooks with `append=True`; the one that holds the weights may be any of them."""
+    """With `append=True` accelerate chains hooks, and any of them may hold the weights."""
     model, batch = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6)), torch.randn(2, 6)
     adapter, params = lf.adapt(model, lf.DoRA(r=2))
     params = trained(params)
     want = adapter(model, params, batch)
-    cpu_offload(model, "cpu")
+    cpu_offload(model, CPU)
     for layer in model:
         add_hook_to_module(layer, ModelHook(), append=True)
     assert torch.equal(adapter(model, params, batch), want)
@@ -156,7 +158,7 @@ def test_a_chain_of_hooks():
 
 @dataclass(frozen=True, kw_only=True)
 class SameDevice(lf.Variant):
-    """Looks at where things are."""
+    """Asserts that input, output, weight and parameters are on one device."""
 
     def init(self, weight, generator, stats=None):
         return lf.Params(trainable={"s": torch.zeros(())})
@@ -167,7 +169,7 @@ class SameDevice(lf.Variant):
 
 
 def test_the_input_comes_from_another_device():
-    """The hook of a layer moves its input there; the adapter, which sees it before the hook, must do so, too."""
+    """A layer's hook moves its input. The adapter sees the input earlier, and must move it, too."""
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     add_hook_to_module(model[1], AlignDevicesHook("meta"))
     adapter, params = lf.adapt(model, SameDevice())
@@ -178,14 +180,15 @@ def test_the_input_comes_from_another_device():
 
 
 def test_a_block_that_is_offloaded_as_a_whole():
-    """Its hook knows the layers inside by names that the view changes, so it is refused with what to do."""
+    """Its hook knows the layers inside by names that the view changes, so the block is refused."""
     model = tiny_llama().requires_grad_(False)
     adapter, _ = lf.adapt(model, lf.LoRA())
     weights = dict(model.state_dict())
+    blocks = ["LlamaAttention"]
     attach_align_device_hook(
-        model, "cpu", offload=True, weights_map=weights, preload_module_classes=["LlamaAttention"]
+        model, CPU, offload=True, weights_map=weights, preload_module_classes=blocks
     )
-    message = r"LlamaAttention 'model.layers.0.self_attn' as a whole, with 'model.layers.0.self_attn.q_proj'.* without preload"
+    message = r"LlamaAttention '(\S+)' as a whole, with '\1.q_proj'.* without preload"
     with pytest.raises(lf.LoraFuncError, match=message):
         lf.adapt(model, lf.LoRA())
     with pytest.raises(lf.LoraFuncError, match=message):

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+from typing import Any
 
 import pytest
 
@@ -31,12 +32,12 @@ def names_of(*modules) -> list:
 
 
 def missing(package: str, name: str) -> str | None:
-    """What of an entry of `RELIES_ON` is not there, or None.
+    """The part of an entry of `RELIES_ON` that does not exist, or None.
 
     An entry is a dotted name; a class or function with parameters or attributes set in its
     `__init__`, `Hook.__init__(offload)`; or text of the package's source, `source:_name`.
     """
-    module = importlib.import_module(package)
+    module: Any = importlib.import_module(package)
     if name.startswith("source:"):
         text = name.removeprefix("source:")
         return None if text in inspect.getsource(module) else text

@@ -16,15 +16,17 @@ import lora_func as lf
 ALL = lf.Targets(roles=())
 
 
-@pytest.mark.parametrize("variant", catalogue(2).values(), ids=catalogue(2).keys())
+VARIANTS = catalogue(2)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_merged_model_is_the_adapted_one(variant, bias):
     model = mlp(bias)
     model, adapter, params = adapted(variant, model, targets=ALL)
     merged = lf.merge(adapter, model, params)
-    assert {key for key in merged if key.endswith("weight")} == {
-        f"{path}.weight" for path in adapter.targets
-    }
+    weights = {key for key in merged if key.endswith("weight")}
+    assert weights == {f"{path}.weight" for path in adapter.targets}
     own = dict(model.named_parameters())
     assert not any(k.endswith("bias") and torch.equal(t, own[k]) for k, t in merged.items())
     x = torch.randn(5, 6)
@@ -34,39 +36,44 @@ def test_merged_model_is_the_adapted_one(variant, bias):
 
 
 def test_dtypes():
-    """Computed in float32, then rounded once, to the dtype of the weight or to the one asked for."""
-    model, adapter, params = adapted(model=mlp().bfloat16(), targets=ALL)
+    """Merging computes in float32 and rounds once, to the dtype of the weight or the given one."""
+    variant = lf.LoRA(r=4)
+    model, adapter, params = adapted(variant, mlp().bfloat16(), targets=ALL)
     key = "0.weight"
     A, B = params["0.lora_A"], params["0.lora_B"]
-    exact = model[0].weight.float() + adapter.variants["0"].scale * B @ A
+    exact = model[0].weight.float() + variant.scale * B @ A
     assert torch.equal(lf.merge(adapter, model, params)[key], exact.bfloat16())
     assert torch.equal(lf.merge(adapter, model, params, dtype=torch.float32)[key], exact)
 
 
 def test_differentiable():
     model, adapter, params = adapted(model=mlp(), targets=ALL)
-    grads = torch.func.grad(
-        lambda p: sum(t.square().sum() for t in lf.merge(adapter, model, p).values())
-    )(params)
+
+    def size(p):
+        return sum(t.square().sum() for t in lf.merge(adapter, model, p).values())
+
+    grads = torch.func.grad(size)(params)
     assert all(grad.abs().max() > 0 for grad in grads.values())
 
 
 def test_never_the_memory_of_the_model():
-    """Also where a variant leaves the weight as it is."""
+    """A merged weight is a copy, even if the variant does not change it."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Bias(lf.Variant):
+        """Changes the bias alone."""
+
         def init(self, weight, generator, stats=None):
             return lf.Params({"b": torch.zeros(weight.shape[0])})
 
         def merged(self, weight, params):
+            assert weight.bias is not None
             return weight.dense(), weight.bias + params["b"]
 
     model, adapter, params = adapted(Bias(), mlp(), targets=ALL)
     merged = lf.merge(adapter, model, params)
-    assert set(merged) == {
-        f"{path}.{name}" for path in adapter.targets for name in ("weight", "bias")
-    }
+    names = ("weight", "bias")
+    assert set(merged) == {f"{path}.{name}" for path in adapter.targets for name in names}
     assert merged["0.weight"].data_ptr() != model[0].weight.data_ptr()
 
 
@@ -82,9 +89,8 @@ def test_a_weight_of_two_layers():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
     model, adapter, params = adapted(model=model, targets=lf.Targets())
-    with pytest.raises(
-        lf.LoraFuncError, match=r"'0' shares its weight with '1', which merging would change too"
-    ):
+    message = "'0' shares its weight with '1', which merging would change too"
+    with pytest.raises(lf.LoraFuncError, match=message):
         lf.merge(adapter, model, params)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,10 +14,10 @@ from torch import nn
 import lora_func as lf
 from lora_func.testing import rounding_at_init
 
+AT_BASE = catalogue(at_base=True)
 
-@pytest.mark.parametrize(
-    "variant", catalogue(at_base=True).values(), ids=catalogue(at_base=True).keys()
-)
+
+@pytest.mark.parametrize("variant", AT_BASE.values(), ids=AT_BASE.keys())
 def test_a_live_adapter(variant):
     model, batch = tiny_llama(), text_batch()
     adapter, params = lf.adapt(model, variant, **data_for(variant, model, lf.Targets()))
@@ -36,7 +38,7 @@ def test_a_live_adapter(variant):
 
 
 class Bypassing(nn.Module):
-    """Uses the weight of a layer without calling it, and drops the output of another."""
+    """Reads the weight of a layer without calling it, and drops the output of another."""
 
     def __init__(self):
         super().__init__()
@@ -60,26 +62,53 @@ def test_inert_layers_are_named():
 
 def test_no_output_to_probe():
     class Counts(nn.Sequential):
-        def forward(self, x):
-            return (super().forward(x) > 0).sum()
+        def forward(self, input):
+            return (super().forward(input) > 0).sum()
 
     model, adapter, params = adapted(model=Counts(nn.Linear(4, 4)), targets=lf.Targets())
-    with pytest.raises(
-        lf.LoraFuncError,
-        match="the model returned Tensor without a floating tensor: nothing to probe",
-    ):
+    message = "the model returned Tensor without a floating tensor: nothing to probe"
+    with pytest.raises(lf.LoraFuncError, match=message):
         lf.probe(adapter, model, params, torch.randn(3, 4))
 
 
 def test_printed():
     model, adapter, params = adapted(lf.IA3(), mlp(), targets=lf.Targets(roles=()))
     params = {key: torch.zeros_like(leaf) for key, leaf in params.items()}
-    text = str(lf.probe(adapter, model, params, torch.ones(2, 6)))
-    assert text.splitlines()[:5] == [
+    found = lf.probe(adapter, model, params, torch.ones(2, 6))
+    assert str(found).splitlines() == [
         "targets                 3",
         "live                    3 of 3",
         "trainable parameters    36",
         "difference to the base  0",
-        text.splitlines()[4],
+        f"change when moved       {found.perturbation:.3g}",
+        f"loss                    {found.loss:.4g}",
+        f"gradient norm           {found.gradient_norm:.4g}",
+        "dead leaves             0",
+        "base unchanged          yes",
     ]
-    assert text.endswith("base unchanged          yes")
+
+
+def test_its_numbers_are_those_of_the_call():
+    """The difference to the base, and the norm of the whole gradient, at trained parameters."""
+    model, adapter, params = adapted(lf.LoRA(r=2), mlp(), targets=lf.Targets(roles=()))
+    x = torch.randn(5, 6)
+    found = lf.probe(adapter, model, params, x)
+    loss, grads = lf.value_and_grad(lambda p: adapter(model, p, x).square().mean())(params)
+    whole = torch.cat([grad.flatten() for grad in grads.values()])
+    assert found.difference == (adapter(model, params, x) - model(x)).abs().max().item() > 0
+    assert found.loss == pytest.approx(loss.item())
+    assert found.gradient_norm == pytest.approx(whole.norm().item())
+
+
+def test_a_model_that_changes_itself_is_told():
+    class Counting(nn.Sequential):
+        def forward(self, input):
+            self.get_buffer("calls").add_(1)
+            return super().forward(input)
+
+    model = Counting(nn.Linear(4, 4))
+    model.register_buffer("calls", torch.zeros(()))
+    model, adapter, params = adapted(model=model, targets=lf.Targets())
+    found = lf.probe(adapter, model, params, torch.randn(3, 4))
+    assert not found.base_unchanged
+    assert re.search(r"base unchanged +NO", str(found))

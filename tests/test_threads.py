@@ -1,4 +1,4 @@
-"""Threads: many adapters run on one base at once, each with the bits that it has alone."""
+"""Threads: many adapters run on one base at once, and each gives the bits that it gives alone."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ TARGETS = [
 
 
 def together(works: list[Callable[[], Any]], seconds: float = 0.0) -> list[list[Any]]:
-    """What each callable returned, in a thread of its own: once, and again until time is up.
+    """Calls each callable in a thread of its own, once, and again until time is up.
 
-    Raises what one of them raised.
+    Returns the results of each, or raises the first exception.
     """
     results: list[list[Any]] = [[] for _ in works]
     errors: list[BaseException] = []
@@ -56,12 +56,11 @@ def together(works: list[Callable[[], Any]], seconds: float = 0.0) -> list[list[
 
 
 def same(given: Any, expected: Any) -> bool:
-    """To the bit."""
-    if isinstance(expected, dict):
-        return given.keys() == expected.keys() and all(
-            same(given[key], expected[key]) for key in expected
-        )
-    return torch.equal(given, expected)
+    """Whether two tensors, or two dicts of them, have the same bits."""
+    if not isinstance(expected, dict):
+        return torch.equal(given, expected)
+    equal = (same(given[key], expected[key]) for key in expected)
+    return given.keys() == expected.keys() and all(equal)
 
 
 def of_call(model, adapter, params, batch):
@@ -74,7 +73,7 @@ def of_bound(model, adapter, params, batch):
 
 
 def of_autograd(model, adapter, params, batch):
-    leaves = {key: leaf.clone().requires_grad_() for key, leaf in params.items()}
+    leaves = {key: leaf.detach().clone().requires_grad_() for key, leaf in params.items()}
     adapter(model, leaves, batch).loss.backward()
     return {key: leaf.grad for key, leaf in leaves.items()}
 
@@ -93,12 +92,12 @@ KINDS = [of_call, of_bound, of_autograd, of_transform, of_examples]
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "unfrozen"])
 def test_eight_adapters_on_one_base(frozen):
-    """Calls and gradients of three kinds at once have the bits of one after the other."""
+    """Calls and gradients in eight threads have the bits of calls in one."""
     model = tiny_llama(attn_implementation="eager").requires_grad_(not frozen)
     before = state_of(model)
     works = []
     for index, name in enumerate(NAMES):
-        variant = CASES[name].make(**({} if CASES[name].ranks(32, 24) is None else {"r": 4}))
+        variant = CASES[name].variant(4)
         adapter, params = lf.adapt(model, variant, targets=TARGETS[index % len(TARGETS)])
         works.append((model, adapter, trained(params), text_batch()))
     expected = [[kind(*work) for kind in KINDS] for work in works]
@@ -119,13 +118,13 @@ def test_eight_adapters_on_one_base(frozen):
 
 
 def test_adapt_init_save_and_load_at_once(tmp_path):
-    """On one model, while others call it: what each thread makes is what it makes alone."""
+    """Each thread makes on a shared model what it makes alone."""
     model, batch = tiny_llama(), text_batch()
     before = state_of(model)
 
     def worker(index: int) -> Callable[[], dict[str, torch.Tensor]]:
         name = NAMES[index]
-        variant = CASES[name].make(**({} if CASES[name].ranks(32, 24) is None else {"r": 4}))
+        variant = CASES[name].variant(4)
 
         def work() -> dict[str, torch.Tensor]:
             generator = torch.Generator().manual_seed(index)
@@ -147,7 +146,7 @@ def test_adapt_init_save_and_load_at_once(tmp_path):
 
 
 def test_an_error_in_one_thread_stays_there():
-    """A call that fails in the middle leaves nothing behind for the others."""
+    """A call that fails midway does not affect the other threads."""
     model, batch = tiny_llama(), text_batch()
     adapter, params = lf.adapt(model, lf.LoRA(r=4))
     params = trained(params)

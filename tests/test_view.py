@@ -1,4 +1,4 @@
-"""The engine on real models: every transform, compiled, checkpointed, patched, from two threads; the model never changes."""
+"""The engine on real models: transforms, compiled, checkpointed, patched, in two threads."""
 
 from __future__ import annotations
 
@@ -29,11 +29,9 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import lora_func as lf
 
-variants = catalogue()
+variants, at_base = catalogue(), catalogue(at_base=True)
 over_variants = pytest.mark.parametrize("variant", variants.values(), ids=variants.keys())
-over_at_base = pytest.mark.parametrize(
-    "variant", catalogue(at_base=True).values(), ids=catalogue(at_base=True).keys()
-)
+over_at_base = pytest.mark.parametrize("variant", at_base.values(), ids=at_base.keys())
 
 
 def loss_of(model, adapter, batch):
@@ -42,7 +40,7 @@ def loss_of(model, adapter, batch):
 
 @over_variants
 def test_the_model_is_never_touched(variant, tmp_path):
-    """Bytes, versions, gradients, flags and structure are the same after adapt, init, forward, backward, save, load, merge."""
+    """Its bytes, versions, gradients, flags and structure survive every use of an adapter."""
     model = tiny_llama()
     before = state_of(model)
     model, adapter, params = adapted(variant, model)
@@ -62,7 +60,7 @@ def test_the_model_is_never_touched(variant, tmp_path):
 
 
 def test_state_of_notices():
-    """The measure of the test above is not blind."""
+    """`state_of` changes with everything that the test above is about."""
     touches = [
         lambda model: model.lm_head.weight.data.add_(1),
         lambda model: model.train(),
@@ -106,33 +104,39 @@ def test_identity_at_init_in_any_dtype_of_the_parameters(variant, dtype):
 
 @over_variants
 def test_gradients_are_those_of_the_merged_weights(variant):
-    """Autograd through `merge` and the plain model is the oracle, in float64; DoRA's detached norms are a constant in both."""
+    """Autograd through `merge` and the plain model is the oracle, in float64.
+
+    Both treat DoRA's detached norms as constants.
+    """
     model = tiny_llama().double()
     model, adapter, params = adapted(variant, model, dtype=torch.float64)
     batch = text_batch()
-    given = grad(loss_of(model, adapter, batch))(params)
-    expected = grad(lambda p: functional_call(model, lf.merge(adapter, model, p), (), batch).loss)(
-        params
-    )
-    assert largest(given, expected) <= 1e-9 * max(leaf.abs().max() for leaf in expected.values())
+
+    def oracle(p):
+        return functional_call(model, lf.merge(adapter, model, p), (), batch).loss
+
+    given, expected = grad(loss_of(model, adapter, batch))(params), grad(oracle)(params)
+    assert_near(given, expected, 1e-9)
 
 
 @over_variants
 def test_equals_functional_call(variant):
-    """The view that carries its parameters computes what functional_call threads through a view of other parameters."""
+    """A call equals functional_call on a bound view of other parameters."""
     model, adapter, params = adapted(variant)
     batch = text_batch()
     view = lf.bind(adapter, model, trained(params))
-    assert torch.equal(
-        functional_call(view, params, (), batch).logits, adapter(model, params, batch).logits
-    )
+    logits = functional_call(view, params, (), batch).logits
+    assert torch.equal(logits, adapter(model, params, batch).logits)
     given = grad(lambda p: functional_call(view, p, (), batch).loss)(params)
     assert largest(given, grad(loss_of(model, adapter, batch))(params)) == 0
 
 
 @over_variants
 def test_transforms(variant):
-    """grad, vmap over parameters, vmap of grad over examples, jvp, HVP: each against the loop or against plain autograd."""
+    """grad, vmap over parameters, vmap of grad over examples, jvp and Hessian-vector products.
+
+    The oracles are a loop and plain autograd.
+    """
     model, adapter, params = adapted(variant, tiny_llama(attn_implementation="eager"))
     batch = text_batch()
     f = loss_of(model, adapter, batch)
@@ -152,48 +156,48 @@ def test_transforms(variant):
 
     per_sample = vmap(grad(example_loss), in_dims=(None, 0, 0, 0))(params, *batch.values())
     for row in range(3):
-        assert_near(
-            {key: leaf[row] for key, leaf in per_sample.items()},
-            grad(example_loss)(params, *(t[row] for t in batch.values())),
-        )
+        alone = grad(example_loss)(params, *(t[row] for t in batch.values()))
+        assert_near({key: leaf[row] for key, leaf in per_sample.items()}, alone)
 
     direction = {key: torch.randn_like(leaf) for key, leaf in params.items()}
-    _, slope = jvp(f, (params,), (direction,))
-    torch.testing.assert_close(
-        slope, sum((g[key] * direction[key]).sum() for key in params), rtol=1e-4, atol=1e-5
-    )
 
-    if variant.exact_gradient:  # otherwise it is no gradient field
-        _, forward_over_reverse = jvp(grad(f), (params,), (direction,))
-        reverse_over_reverse = grad(
-            lambda p: sum((leaf * direction[key]).sum() for key, leaf in grad(f)(p).items())
-        )(params)
+    def along(gradient):
+        return sum((gradient[key] * direction[key]).sum() for key in params)
+
+    slope = jvp(f, (params,), (direction,))[1]
+    torch.testing.assert_close(slope, along(g), rtol=1e-4, atol=1e-5)
+
+    if variant.exact_gradient:  # otherwise the gradient is that of no function
+        forward_over_reverse = jvp(grad(f), (params,), (direction,))[1]
+        reverse_over_reverse = grad(lambda p: along(grad(f)(p)))(params)
         assert_near(forward_over_reverse, reverse_over_reverse)
 
 
 def assert_near(given, expected, tolerance: float = 1e-4) -> None:
-    """In float32, in which a transformer's sums run in another order under each transform."""
-    assert largest(given, expected) <= tolerance * max(
-        leaf.abs().max().item() for leaf in expected.values()
-    )
+    """By default for float32: each transform runs a transformer's sums in another order."""
+    scale = max(leaf.abs().max().item() for leaf in expected.values())
+    assert largest(given, expected) <= tolerance * scale
 
 
 def test_hessian():
-    model, adapter, params = adapted(
-        lf.IA3(), mlp().double(), targets=lf.Targets(layers=[0]), dtype=torch.float64
-    )
+    options = {"targets": lf.Targets(layers=[0]), "dtype": torch.float64}
+    model, adapter, params = adapted(lf.IA3(), mlp().double(), **options)
     x = torch.randn(5, 6, dtype=torch.float64)
-    f = lambda p: adapter(model, p, x).square().sum()  # noqa: E731
-    (key,) = params
-    H = hessian(f)(params)[key][key]
-    torch.testing.assert_close(
-        H, torch.autograd.functional.hessian(lambda leaf: f({key: leaf}), params[key])
-    )
+
+    def f(p):
+        return adapter(model, p, x).square().sum()
+
+    ((key, leaf),) = params.items()
+    expected = torch.autograd.functional.hessian(lambda d: f({key: d}), leaf)
+    torch.testing.assert_close(hessian(f)(params)[key][key], expected)
 
 
 @over_variants
 def test_compile(variant):
-    """One frame for the forward and one for its gradient, without a graph break, and none more for other parameters."""
+    """One graph for the forward and one for its gradient, without a break.
+
+    Other parameters cause no second one.
+    """
     torch._dynamo.reset()
     model, adapter, params = adapted(variant)
     batch, other = text_batch(), trained(params)
@@ -207,7 +211,7 @@ def test_compile(variant):
 
 
 def test_compile_follows_the_model():
-    """A compiled call guards on the model: switched to train mode, it is traced again and drops out."""
+    """A compiled call guards on the model: in train mode it is traced again, and drops out."""
     torch._dynamo.reset()
     model, adapter, params = adapted(model=tiny_llama(attention_dropout=0.5))
     f = loss_of(model, adapter, text_batch())
@@ -256,17 +260,16 @@ def test_moved_and_retied_after_adapt():
 @over_variants
 @pytest.mark.parametrize("bound", [False, True], ids=["call", "bound"])
 def test_checkpointing_is_exact(variant, bound):
-    """Non-reentrant: the gradients are those without it, to the bit, also when it is switched on after adapt."""
+    """Non-reentrant checkpointing, switched on after `adapt`, changes no gradient by a bit."""
     model, adapter, params = adapted(variant)
     model.train()
     batch = text_batch()
 
     def gradients():
         leaves = {key: leaf.clone().requires_grad_() for key, leaf in params.items()}
-        loss = (
-            lf.bind(adapter, model, leaves)(**batch) if bound else adapter(model, leaves, batch)
-        ).loss
-        return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()))))
+        view = lf.bind(adapter, model, leaves)
+        out = view(**batch) if bound else adapter(model, leaves, batch)
+        return dict(zip(leaves, torch.autograd.grad(out.loss, list(leaves.values()))))
 
     without = gradients()
     checkpoint_activations(model, use_reentrant=False)
@@ -277,32 +280,29 @@ def test_checkpointing_is_exact(variant, bound):
     assert largest(grads, without) == 0
 
 
-@pytest.mark.filterwarnings(
-    "ignore:None of the inputs have requires_grad=True"
-)  # torch's own, before it calls the layers
+# torch warns so before it calls the layers.
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 def test_reentrant_checkpointing_is_refused():
-    """It would return None for every gradient without a word."""
+    """It would silently return None for every gradient."""
     model, adapter, params = adapted()
     model.train()
     checkpoint_activations(model, use_reentrant=True)
     leaves = {key: leaf.clone().requires_grad_() for key, leaf in params.items()}
-    with pytest.raises(
-        lf.LoraFuncError,
-        match=r"gradients are switched off .*'model.layers.0.self_attn.q_proj'.*use_reentrant=False",
-    ):
+    message = r"gradients are switched off .*'model.layers.0.self_attn.q_proj'.*use_reentrant=False"
+    with pytest.raises(lf.LoraFuncError, match=message):
         adapter(model, leaves, text_batch())
     with torch.no_grad():
         adapter(model, leaves, text_batch())  # nobody asks for gradients
 
 
-def test_checkpointing_inside_a_transform_says_what_to_do():
+def test_checkpointing_inside_a_transform_is_refused():
     model, adapter, params = adapted()
     model.train()
     checkpoint_activations(model, use_reentrant=False)
-    model.disable_input_require_grads()  # transformers' hook calls requires_grad_() on a tensor of the transform
-    with pytest.raises(
-        lf.LoraFuncError, match=r"cannot run through activation checkpointing.*lf.value_and_grad"
-    ):
+    # transformers' hook would call requires_grad_() on a tensor of the transform, and fail first.
+    model.disable_input_require_grads()
+    message = "cannot run through activation checkpointing.*lf.value_and_grad"
+    with pytest.raises(lf.LoraFuncError, match=message):
         grad(loss_of(model, adapter, text_batch()))(params)
 
 
@@ -317,7 +317,7 @@ def count_calls(module: nn.Module) -> list:
 
 @over_variants
 def test_generate_on_a_bound_view(variant):
-    """Token for token what the merged model generates."""
+    """It generates the tokens that the merged model generates."""
     model, adapter, params = adapted(variant)
     batch = {key: value for key, value in text_batch(pad="left").items() if key != "labels"}
     merged = copy.deepcopy(model)
@@ -343,7 +343,10 @@ def test_a_bound_view_keeps_its_own_mode():
     ["model.layers.0.self_attn", "model.layers.0", "model", "model.layers.0.self_attn.q_proj", ""],
 )
 def test_forward_patched_by_accelerate(where):
-    """accelerate's hooks bind the original module in `forward`; kept so, the adapters below would be inert without a word."""
+    """accelerate's hook binds the original module in `forward`. The view rebinds it to the copy.
+
+    Otherwise the adapters below would silently be inert.
+    """
     seen = []
 
     class Hook(ModelHook):
@@ -363,7 +366,7 @@ def test_forward_patched_by_accelerate(where):
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_target_with_a_forward_of_its_own(frozen):
-    """What a layer says of itself means the layer, and not what stands for it in the view."""
+    """A layer's own attributes refer to the bare layer, and not to the wrapper in the view."""
     model, adapter, params = adapted(
         model=mlp().requires_grad_(not frozen), targets=lf.Targets(roles=())
     )
@@ -374,7 +377,7 @@ def test_a_target_with_a_forward_of_its_own(frozen):
 
 
 def test_modules_in_plain_attributes():
-    """Lists, dicts, methods and partials that refer to modules of the model refer to their copies in the view."""
+    """Lists, dicts, methods and partials that refer to modules refer to their copies in a view."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -398,21 +401,23 @@ def test_modules_in_plain_attributes():
     model, x = Net(), torch.randn(3, 4)
     model, adapter, params = adapted(model=model, targets=lf.Targets())
     assert adapter.targets == ("a", "b", "c", "d")
-    expected = functional_call(
-        model, lf.merge(adapter, model, params), x
-    )  # swaps the weights inside the layers themselves
+    merged = lf.merge(adapter, model, params)
+    expected = functional_call(model, merged, x)  # it swaps weights inside the layers themselves
     torch.testing.assert_close(adapter(model, params, x), expected)
 
 
 def test_a_module_that_stands_twice():
-    """Adapted once, in both places."""
+    """It has one adapter in all places."""
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, nn.Tanh(), shared, nn.Sequential(shared))
     model, adapter, params = adapted(model=model, targets=lf.Targets())
     assert adapter.targets == ("0",)
     x = torch.randn(3, 4)
     merged = lf.merge(adapter, model, params)
-    layer = lambda x: nn.functional.linear(x, merged["0.weight"], shared.bias)  # noqa: E731
+
+    def layer(x):
+        return nn.functional.linear(x, merged["0.weight"], shared.bias)
+
     torch.testing.assert_close(adapter(model, params, x), layer(layer(torch.tanh(layer(x)))))
 
 
@@ -438,7 +443,7 @@ def test_attributes_of_the_layer_are_reached_through_the_view():
 
 
 def test_base_parameters_get_no_gradient():
-    """Whether or not the user froze them; the batch does."""
+    """They get none even if the user did not freeze them. The batch gets one."""
     model, adapter, params = adapted(model=mlp(), targets=lf.Targets())
     leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
     x = torch.randn(3, 6, requires_grad=True)
@@ -448,7 +453,7 @@ def test_base_parameters_get_no_gradient():
 
 
 def test_recurrent_layers_are_frozen_too():
-    """nn.LSTM keeps its parameters a second time in a list."""
+    """nn.LSTM also keeps its parameters in a list, which must hold the frozen ones."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -478,15 +483,17 @@ def test_two_threads_at_once():
             results[index].append(grad(loss_of(model, a, batch))(p))
 
     threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     for index in range(2):
         assert len(results[index]) == 20
         assert all(largest(result, expected[index]) == 0 for result in results[index])
 
 
 def test_a_call_leaves_nothing_for_the_garbage_collector():
-    """A reference cycle in a view would keep parameters, and the graph behind them, until some later collection."""
+    """A reference cycle in a view would keep parameters, and their graph, until a collection."""
     model, adapter, params = adapted()
     batch = text_batch()
     gc.collect()
@@ -513,23 +520,23 @@ def test_the_adapter_keeps_no_model_alive():
 
 
 def test_recorded_outputs_leave_no_hooks():
-    """transformers registers its recording hooks in the middle of a forward, at the first call that asks for their outputs."""
+    """transformers registers its recording hooks during the first forward that asks for outputs.
+
+    In a view it registers them on copies.
+    """
     batch = {**text_batch(), "output_hidden_states": True, "output_attentions": True}
     model = tiny_llama().requires_grad_(False)  # else the view copies all that has parameters
     model.set_attn_implementation("eager")
     before = state_of(model)
-    adapter, params = lf.adapt(
-        model, lf.LoRA(r=2), targets=lf.Targets(layers=[0])
-    )  # layer 1 has no adapter
+    adapter, params = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(layers=[0]))  # not layer 1
     bound = lf.bind(adapter, model, params)
     for run in (lambda: adapter(model, params, batch), lambda: bound(**batch)) * 2:
         out = run()
         assert len(out.hidden_states) == 3
         assert len(out.attentions) == 2
     assert state_of(model) == before
-    assert (
-        len(model(**batch).hidden_states) == 3
-    )  # now they are on the model, and a view takes them along
+    # A call of the model puts them on the model, and a view inherits them.
+    assert len(model(**batch).hidden_states) == 3
     assert len(adapter(model, params, batch).hidden_states) == 3
 
 
@@ -557,11 +564,10 @@ class CallsByReference(nn.Module):
 
 
 def test_a_bound_method_of_an_adapted_layer():
-    """Bound to what stands for the layer, the method is that one's own: the layer's would leave the adapter inert."""
+    """In a view, the method is that of the wrapper; the layer's own would skip the adapter."""
     model, x = CallsByReference(), torch.randn(3, 4)
     adapter, params = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(roles=()))
     params = trained(params)
-    expected = functional_call(
-        model.linear, {"weight": lf.merge(adapter, model, params)["linear.weight"]}, (x,)
-    )
+    merged = lf.merge(adapter, model, params)
+    expected = functional_call(model.linear, {"weight": merged["linear.weight"]}, (x,))
     torch.testing.assert_close(adapter(model, params, x), expected)
