@@ -240,6 +240,16 @@ def test_constants_keep_their_dtype_and_layers_share_theirs():
     module.load_state_dict(state)
 
 
+@pytest.mark.parametrize("variant", [lf.PiSSA(r=2), lf.VeRA(r=2)], ids=lambda v: v.name())
+def test_constants_move_with_the_leaves(variant):
+    """To the device "meta", which every machine has."""
+    model, adapter, _, module = bound(variant)
+    module.to("meta")
+    assert all(tensor.is_meta for tensor in module.state_dict().values())
+    assert module(torch.randn(3, 6, device="meta")).is_meta
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *adapter.frozen.values()))
+
+
 def test_other_parameters_through_functional_call():
     model, adapter, params, module = bound(lf.DoRA(r=2))
     others, x = {key: leaf + 1 for key, leaf in values(params).items()}, torch.randn(3, 6)

@@ -320,7 +320,8 @@ class Adapter:
 
     def remember(self, model: nn.Module) -> None:
         """Notes what torch.compile needs to trace a call on `model`, for as long as it lives."""
-        self._traceable.note(model, survey(model))
+        if not self._traceable.knows(model):
+            self._traceable.note(model, survey(model))
 
     def trust(self, model: nn.Module) -> None:
         """Takes the weights of `model`, as they are now, for those that the adapter was made on."""

@@ -1,8 +1,9 @@
 """The view: a structural copy of a model in which some layers are replaced.
 
-The model itself is never touched. A copy of a module is a new object of the same class, with a
-copy of the original's `__dict__`, of its tables of hooks, and of the containers among its
-attributes. So what a forward writes to its module stays in the view: caches, hooks, attributes.
+The model itself is never touched. All modules are copied but torch's own layers, whose forward
+writes to nothing (nn.Linear, nn.LayerNorm, ..). A copy of a module is a new object of the same
+class, with a copy of the original's `__dict__`, of its tables of hooks, and of the containers among
+its attributes. So what a forward writes to its module stays in the view: caches, hooks, attributes.
 Weights, the hooks themselves, and buffers are shared; in train mode a view has buffers of its
 own, which a forward updates as nn.BatchNorm does. Parameters that require grad are held detached,
 so the base is frozen.
@@ -28,11 +29,13 @@ from .rebind import PLAIN, Rebinding, check_globals
 
 MODULE_STATE = frozenset(nn.Module().__dict__)  # what every module has
 # Its dicts and sets, of which a copy has its own. FSDP gathers weights into `_parameters`.
-TABLES = frozenset(
+TABLES = tuple(
     name
     for name, value in nn.Module().__dict__.items()
-    if isinstance(value, (dict, set)) and name != "_parameters"
+    if isinstance(value, (dict, set)) and name not in ("_parameters", "_modules")
 )
+# Those that a forward may add to.
+WRITTEN = tuple(name for name in TABLES if "state_dict" not in name)
 
 
 def make_view(
@@ -59,15 +62,22 @@ def make_view(
         replacement = structure.new[id(module)]
         # A layer's own attributes resolve to the bare copy, everyone else's to the wrapper.
         structure.new[id(module)] = copy
-        for name, value in traceable.attributes(model, module).items():
-            if type(value) not in PLAIN:
-                if name in TABLES:  # what is registered on a copy stays there
-                    value = value.copy() if value else type(value)()  # noqa: PLW2901
-                elif name not in MODULE_STATE:
-                    if name == "forward":
-                        check_globals(value, rebinding, module)
-                    value = rebinding.attribute(value)  # noqa: PLW2901
-            copy.__dict__[name] = value
+        attributes = traceable.attributes(model, module)
+        if structure.traced:  # dynamo follows one attribute after the other
+            for name, value in attributes.items():
+                copy.__dict__[name] = value
+        else:
+            copy.__dict__.update(attributes)
+        for name in TABLES if keep else WRITTEN:  # what is registered on a copy stays there
+            table = attributes[name]
+            copy.__dict__[name] = table.copy() if table else type(table)()
+        own_names = list(attributes) if structure.traced else attributes.keys() - MODULE_STATE
+        for name in own_names:
+            value = attributes[name]
+            if name not in MODULE_STATE and type(value) not in PLAIN:
+                if name == "forward":
+                    check_globals(value, rebinding, module)
+                copy.__dict__[name] = rebinding.attribute(value)
         for name, value in traceable.bound_methods(module, copy).items():
             copy.__dict__[name] = value
         for name, value in own.items():
@@ -77,7 +87,11 @@ def make_view(
 
 
 class Structure:
-    """The first pass of `make_view`: which modules are copied. The copies are still empty."""
+    """The first pass of `make_view`: which modules are copied. The copies are still empty.
+
+    A view to keep has copies of all. A call shares torch's own layers, whose forward writes to
+    nothing. A trace copies only what must differ.
+    """
 
     def __init__(
         self, replace: Mapping[str, Callable[[nn.Module], nn.Module]], keep: bool, survey: Any
@@ -85,7 +99,8 @@ class Structure:
         self.replace = replace
         self.keep = keep
         self.survey = survey  # what a trace knows of the model
-        self.whole = not (torch.compiler.is_compiling() or torch_hooks.caching_weights())
+        self.traced = torch.compiler.is_compiling()
+        self.whole = not (self.traced or torch_hooks.caching_weights())
         self.missing = dict.fromkeys(replace)
         self.versions: list[tuple[Tensor, int]] = []  # of the tensors that view and model share
         # (original, copy, attributes of the copy alone)
@@ -95,10 +110,10 @@ class Structure:
         self.replaced: dict[int, bool] = {}  # ids of modules that are another object in the view
 
     def visit(self, module: nn.Module, path: str, hooked: tuple[type, ...] = ()) -> nn.Module:
-        """The replacement of `module`. A trace also copies modules of the classes `hooked`."""
+        """The replacement of `module`. Modules of the classes `hooked` are copied."""
         if id(module) in self.new:
             return self.new[id(module)]
-        if not self.whole and transformers.records_outputs(module):
+        if not self.keep and transformers.records_outputs(module):
             hooked = transformers.recorded_classes(module)
         children, kind = {}, class_in_view(module)
         for name, child in module._modules.items():
@@ -112,7 +127,8 @@ class Structure:
         special = apart or kind is not type(module) or isinstance(module, hooked)
         computed = module._forward_pre_hooks and torch_hooks.weight_hooks(module)
         replacement = module
-        if self.whole or children or parameters or buffers or special or computed:
+        whole = self.keep or (self.whole and not torch_hooks.is_stateless(module))
+        if whole or children or parameters or buffers or special or computed:
             torch_hooks.check_cache(module, path)
             replacement = object.__new__(kind)
             own: dict[str, Any] = {"_modules": {**module._modules, **children}}

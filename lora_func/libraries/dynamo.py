@@ -42,6 +42,10 @@ class Traceable:
             if type(module) not in self.methods:
                 self.methods[type(module)] = own_methods(type(module))
 
+    def knows(self, model: nn.Module) -> bool:
+        """Whether a model has been noted."""
+        return id(model) in self.surveys
+
     def attributes(self, model: nn.Module, module: nn.Module) -> dict[str, Any]:
         """The `__dict__` of a module of the model."""
         if TORCH_2_13 or not torch.compiler.is_compiling():

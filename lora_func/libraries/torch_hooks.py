@@ -121,6 +121,12 @@ def without_fused_path(module: nn.Module) -> dict[str, Any]:
     return {"activation_relu_or_gelu": 0} if isinstance(module, nn.TransformerEncoderLayer) else {}
 
 
+def is_stateless(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own layers without parts or buffers, such as nn.Linear."""
+    own = type(module).__module__.startswith("torch.nn.modules.")
+    return own and not module._modules and not module._buffers
+
+
 def writes_buffers(module: nn.Module) -> bool:
     """Whether the forward of a module updates statistics in train mode."""
     return isinstance(module, _NormBase) and module.track_running_stats

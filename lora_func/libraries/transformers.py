@@ -50,7 +50,8 @@ def mark_adapter(folder: Path, view: Any) -> None:
     """Makes `from_pretrained` raise in a folder that holds an adapter alone.
 
     It would leave the model of its config at random values, with a warning. The config that this
-    writes names a file of weights that cannot be, and the error shows the name.
+    writes names a file of weights that cannot be, and the error shows the name. A call with a
+    config of its own, `from_pretrained(folder, config=..)`, does not read it.
     """
     config = {"transformers_weights": NO_MODEL}
     if isinstance(kind := getattr(getattr(view, "config", None), "model_type", None), str):
