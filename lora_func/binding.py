@@ -131,10 +131,11 @@ class Face:
     def expand(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
         """Where `generate` repeats each prompt `expand_size` times."""
         prompts, n = kwargs.get("input_ids"), self.examples()
-        if isinstance(prompts, Tensor) and len(prompts) != n:
+        rows = prompts.shape[0] if isinstance(prompts, Tensor) else n
+        if rows != n:
             raise LoraFuncError(
-                f"generate got {len(prompts)} prompts, and the module has adapters for {n}, one "
-                f"for each. Take one adapter for each prompt, as lf.select(population, ids) does"
+                f"generate got {rows} prompts, and the module has adapters for {n}, one for each. "
+                "Take one adapter for each prompt, as lf.select(population, ids) does"
             )
         self.repeats[threading.get_ident()] = expand_size
         kind = type(self.view)
