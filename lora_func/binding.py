@@ -129,13 +129,13 @@ class Face:
             self.repeats.pop(threading.get_ident(), None)
 
     def expand(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
-        """Where `generate` repeats each prompt `expand_size` times."""
+        """Called by `generate` to repeat each prompt `expand_size` times."""
         prompts, n = kwargs.get("input_ids"), self.examples()
         rows = prompts.shape[0] if isinstance(prompts, Tensor) else n
         if rows != n:
             raise LoraFuncError(
-                f"generate got {rows} prompts, and the module has adapters for {n}, one for each. "
-                "Take one adapter for each prompt, as lf.select(population, ids) does"
+                f"generate got {rows} prompts, but the module has adapters for {n}, one for each. "
+                "Bind an adapter for each prompt, as lf.select(population, ids) gives"
             )
         self.repeats[threading.get_ident()] = expand_size
         kind = type(self.view)

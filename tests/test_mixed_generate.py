@@ -108,7 +108,7 @@ def test_one_prompt_is_refused(beams):
     model = tiny_llama()
     adapter, several = population(lf.LoRA(r=2), model)
     module: Any = lf.bind(adapter, model, lf.select(several, IDS))
-    with pytest.raises(lf.LoraFuncError, match=r"generate got 1 prompts, and .* for 4, one for"):
+    with pytest.raises(lf.LoraFuncError, match=r"generate got 1 prompts, but .* for 4, one for"):
         module.generate(prompts(1), num_beams=beams, **LENGTH)
 
 

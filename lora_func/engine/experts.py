@@ -43,7 +43,7 @@ def warn_of_reach(model: nn.Module, found: Sequence[Found]) -> None:
         warnings.warn(
             f"the {len(found)} adapted layers hold {reached:.1%} of the parameters of this "
             f"{type(model).__name__}; {share:.1%} lie in fused experts such as "
-            f"{next(iter(fused))!r}, which no linear layer applies. Name the layers that you want "
-            "(targets=lf.Targets(names=..)) if that is what you mean",
+            f"{next(iter(fused))!r}, which no linear layer applies. If you mean the layers "
+            "outside of them, name them: targets=lf.Targets(names=..)",
             stacklevel=4,
         )

@@ -69,7 +69,7 @@ class Watch:
             self.parents[parent] = Parent(module, parent)
 
     def begin(self) -> None:
-        """Before each forward of a view that outlives it: forgets what ran in the last one."""
+        """Before each forward of a bound view: forgets what ran in the last one."""
         for layer in self.layers:
             layer.__dict__.update(_ran=False, _read=False)
 

@@ -40,9 +40,9 @@ def check_written(model: nn.Module, versions: Sequence[tuple[Tensor, int]]) -> N
 class Drift:
     """Tells when the weights of a base are not those that an adapter was made on.
 
-    So they are after a merge into the base, on which the adapter would act a second time. Versions
+    This is so after a merge into the base, on which the adapter would act a second time. Versions
     and addresses of the weights, noted at the last call, tell which to look at; fingerprints tell
-    whether these differ. A write through `.data` counts no version, and is not seen.
+    whether these differ. A write through `.data` changes no version and is not noticed.
     """
 
     def __init__(self) -> None:
