@@ -19,6 +19,7 @@ from torch._dynamo.exc import Unsupported
 from torch.func import functional_call
 
 import lora_func as lf
+from lora_func.libraries.dynamo import TORCH_2_13
 
 LINEAR = lf.Targets(names=(r"linear$",))
 EDGE = lf.Targets(names=(r"^1$",))  # so that nothing below the module in question is adapted
@@ -379,7 +380,7 @@ FOLLOWED: dict[str, tuple[Callable[[Any, Any], Any], Run]] = {
     "partial": (lambda model, layer: functools.partial(call, layer), lambda kept, x: kept(x)),
     "closure": (lambda model, layer: lambda x: layer(x), lambda kept, x: kept(x)),  # noqa: PLW0108
 }
-IN_ONE_GRAPH = set(FOLLOWED) - {"closure"}
+IN_ONE_GRAPH = set(FOLLOWED) - ({"closure"} if TORCH_2_13 else {"closure", "method"})
 HIDDEN: dict[str, tuple[Callable[[Any, Any], Any], Run]] = {
     "keyword default": (lambda model, layer: with_keyword(layer), lambda kept, x: kept(x)),
     "default": (lambda model, layer: with_default(layer), lambda kept, x: kept(x)),

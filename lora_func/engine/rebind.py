@@ -129,7 +129,7 @@ class Rebinding:
             function = getattr(type(owner), name, function)
         else:  # set on the object, as TRL does
             function = self.rebound(function, depth=depth)
-        if self.done is None:  # a trace knows this way, and not the other
+        if self.done is None and dynamo.TORCH_2_13:  # a trace knows this way, and not the other
             return function.__get__(owner)
         return types.MethodType(function, owner)
 
