@@ -6,7 +6,7 @@ import torch
 
 import lora_func as lf
 
-assert "site-packages" in lf.__file__, f"{lf.__file__} is not what was installed"
+assert "site-packages" in str(lf.__file__), f"{lf.__file__} is not what was installed"
 assert importlib.util.find_spec("transformers") is None, "this environment has more than torch"
 
 model, batch = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.ones(2, 4)
