@@ -137,6 +137,12 @@ class ReplacesABuffer(Writer):
         return self.linear(x)
 
 
+class SetsAnAttributeOfAPart(Writer):
+    def forward(self, x: Tensor) -> Tensor:
+        self.linear.last = x  # pyright: ignore
+        return self.linear(x)
+
+
 class RegistersAHook(Writer):
     def forward(self, x: Tensor) -> Tensor:
         self.linear.register_forward_pre_hook(lambda module, args: None)
@@ -145,7 +151,7 @@ class RegistersAHook(Writer):
 
 WRITERS = [
     *(SetsAttributes, SetsAModule, FillsADict, FillsANestedList),
-    *(AppendsTensors, RegistersABuffer, ReplacesABuffer),
+    *(AppendsTensors, RegistersABuffer, ReplacesABuffer, SetsAnAttributeOfAPart),
 ]
 
 
@@ -164,11 +170,12 @@ def test_what_a_forward_writes_to_its_module(kind, targets, training, way):
     torch.testing.assert_close(out, expected(model, adapter, params, x), **FLOAT)
 
 
-@pytest.mark.parametrize("way", ["call", "bound"])
-def test_a_hook_that_a_forward_registers(way):
-    model = nn.Sequential(RegistersAHook(), nn.Linear(4, 4))
+@over_ways
+@pytest.mark.parametrize("targets", [LINEAR, EDGE], ids=["inside", "outside"])
+def test_a_hook_that_a_forward_registers(targets, way):
+    model = nn.Sequential(RegistersAHook(), nn.Linear(4, 4)).requires_grad_(False)
     x = torch.randn(3, 4)
-    _, adapter, params = adapted(model=model, targets=LINEAR)
+    _, adapter, params = adapted(model=model, targets=targets)
     before = contents(model)
     runs(model, adapter, params, x)[way]()
     assert contents(model) == before
@@ -211,6 +218,16 @@ def test_statistics_of_batch_norm(targets, way):
     assert not torch.equal(module[0].norm.running_mean, model[0].norm.running_mean)  # pyright: ignore
 
 
+def test_what_a_hook_of_the_user_writes():
+    """A hook gets the copy, also of a layer that a call would share otherwise."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].register_forward_hook(lambda module, args, out: setattr(module, "seen", out))
+    _, adapter, params = adapted(model=model, targets=EDGE)
+    before = contents(model)
+    adapter(model, params, torch.randn(3, 4))
+    assert contents(model) == before
+
+
 # buffers that a forward writes in eval mode
 
 
@@ -240,7 +257,8 @@ def test_a_cache_in_a_buffer(targets):
     with pytest.raises(lf.LoraFuncError, match=message):
         adapter(model, params, x)
     model[0].state.zero_()  # pyright: ignore
-    before, out = contents(model), expected(model, adapter, params, x)
+    out = expected(model, adapter, params, x)
+    before = contents(model)
     for way in ("bound", "compiled"):
         torch.testing.assert_close(runs(model, adapter, params, x)[way](), out, **FLOAT)
         assert contents(model) == before

@@ -55,7 +55,7 @@ def make_view(
     """
     structure = Structure(replace, keep, traceable.survey(model))
     view = structure.visit(model, "")
-    if structure.survey is not None:
+    if structure.traced and structure.survey is not None:
         structure.survey.check(structure.replaced)
     rebinding = Rebinding(structure.new)
     for module, copy, own in structure.copies:
@@ -98,7 +98,7 @@ class Structure:
     ):
         self.replace = replace
         self.keep = keep
-        self.survey = survey  # what a trace knows of the model
+        self.survey = survey  # what is known of the model, or None
         self.traced = torch.compiler.is_compiling()
         self.whole = not (self.traced or torch_hooks.caching_weights())
         self.missing = dict.fromkeys(replace)
@@ -123,11 +123,12 @@ class Structure:
                     children[name] = replacement
         parameters = self.parameters(module, path)
         apart = self.survey is not None and id(module) in self.survey.apart
-        buffers = self.buffers(module, apart) if kind is type(module) else {}
+        buffers = self.buffers(module, apart and self.traced) if kind is type(module) else {}
         special = apart or kind is not type(module) or isinstance(module, hooked)
         computed = module._forward_pre_hooks and torch_hooks.weight_hooks(module)
         replacement = module
-        whole = self.keep or (self.whole and not torch_hooks.is_stateless(module))
+        shares = self.survey is not None and torch_hooks.is_stateless(module)
+        whole = self.keep or (self.whole and not shares)
         if whole or children or parameters or buffers or special or computed:
             torch_hooks.check_cache(module, path)
             replacement = object.__new__(kind)

@@ -53,8 +53,8 @@ class Traceable:
         return self.dicts[id(model)][id(module)]
 
     def survey(self, model: nn.Module) -> Any:
-        """What was noted of the model; None outside of a trace, which needs none of it."""
-        return self.surveys.get(id(model)) if torch.compiler.is_compiling() else None
+        """What was noted of the model, or None."""
+        return self.surveys.get(id(model))
 
     def bound_methods(self, module: nn.Module, copy: nn.Module) -> dict[str, Any]:
         """The methods of a module's class, bound to its copy. Empty unless dynamo traces.

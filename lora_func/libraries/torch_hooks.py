@@ -122,9 +122,10 @@ def without_fused_path(module: nn.Module) -> dict[str, Any]:
 
 
 def is_stateless(module: nn.Module) -> bool:
-    """Whether a module is one of torch's own layers without parts or buffers, such as nn.Linear."""
+    """Whether a module is one of torch's own layers, such as nn.Linear, without parts or hooks."""
     own = type(module).__module__.startswith("torch.nn.modules.")
-    return own and not module._modules and not module._buffers
+    parts = module._modules or module._buffers
+    return own and not (parts or module._forward_hooks or module._forward_pre_hooks)
 
 
 def writes_buffers(module: nn.Module) -> bool:
