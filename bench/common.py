@@ -18,7 +18,31 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import lora_func as lf
+from lora_func.card import TARGETS
+
 RESULTS = Path(__file__).parent / "results"
+
+
+def of_rank(name: str, r: int) -> lf.Variant:
+    """The variant of this name in the catalogue: of rank r, if it has one, and else as it is."""
+    kind: Any = lf.VARIANTS[name]
+    return kind(r=r) if "r" in kind.__dataclass_fields__ else kind()
+
+
+def peft_config(variant: lf.Variant, targets: list[str], /, **fields: Any) -> Any:
+    """PEFT's config of the same method, rank and scale, as the card names it. It needs PEFT."""
+    import peft  # noqa: PLC0415  (of three measurements)
+
+    known, own = variant.card.peft, {"target_modules": targets}
+    assert known is not None, f"PEFT has no {variant.name()}"
+    r: Any = getattr(variant, "r", None)
+    if known.rank is not None:
+        own[known.rank] = r
+    if known.config == "LoraConfig":
+        own["lora_alpha"] = getattr(variant, "scale", 1.0) * r
+    own |= {name: targets if value == TARGETS else value for name, value in known.fields.items()}
+    return getattr(peft, known.config)(**{**own, **fields})
 
 
 def where() -> dict[str, str]:

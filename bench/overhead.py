@@ -13,7 +13,7 @@ from typing import Any
 
 import peft
 import torch
-from common import interleaved, peak_bytes, qwen3, ratio, write
+from common import interleaved, of_rank, peak_bytes, peft_config, qwen3, ratio, write
 
 import lora_func as lf
 
@@ -22,37 +22,27 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 LAYERS = "of the Qwen3-0.6B shape"
 
 
-def contenders(r: int) -> dict[str, tuple[lf.Variant, peft.PeftConfig, list[str]]]:
-    """name -> (variant, PEFT's config of the same method, names of the targets)."""
-    pissa: Any = "pissa_niter_4"  # a number in the place that PEFT's annotation leaves open
-    return {
-        "lora": (lf.LoRA(r=r), peft.LoraConfig(r=r, target_modules=Q_V), Q_V),
-        "lora, all linear": (lf.LoRA(r=r), peft.LoraConfig(r=r, target_modules=LINEAR), LINEAR),
-        "pissa": (
-            lf.PiSSA(r=r),
-            peft.LoraConfig(r=r, init_lora_weights=pissa, target_modules=Q_V),
-            Q_V,
-        ),
-        "dora": (lf.DoRA(r=r), peft.LoraConfig(r=r, use_dora=True, target_modules=Q_V), Q_V),
-        "delora": (lf.DeLoRA(r=r), peft.DeloraConfig(r=r, target_modules=Q_V), Q_V),
-        "ia3": (lf.IA3(), peft.IA3Config(target_modules=Q_V, feedforward_modules=[]), Q_V),
-        "ia3ff": (
-            lf.IA3FF(),
-            peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
-            ["down_proj"],
-        ),
-        "hra": (lf.HRA(r=r), peft.HRAConfig(r=r, target_modules=Q_V), Q_V),
-    }
+NAMES = ("lora", "lora, all linear", "pissa", "dora", "delora", "ia3", "ia3ff", "hra")
+"""Of the catalogue; PEFT has them all."""
+
+
+def contender(name: str, r: int) -> tuple[lf.Variant, list[str]]:
+    """The variant of this name, and the names of its targets."""
+    variant = of_rank(name.partition(",")[0], r)
+    if name.endswith("all linear"):
+        return variant, LINEAR
+    return variant, [pattern.rstrip("$") for pattern in variant.card.layers]
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """One row of the table."""
-    variant, config, names = contenders(options.r)[name]
+    variant, names = contender(name, options.r)
     dtype = getattr(torch, options.dtype)
     model = qwen3(options.layers, options.device, dtype)
     targets = lf.Targets(names=tuple(rf"\.{target}$" for target in names), roles=())
     adapter, params = lf.adapt(model, variant, targets=targets)
     leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
+    config = peft_config(variant, names)
     theirs = peft.get_peft_model(qwen3(options.layers, options.device, dtype), config)
     size = (options.batch, options.tokens, 1024)
     embeds = 0.02 * torch.randn(size, device=options.device, dtype=dtype)
@@ -87,7 +77,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--variants", nargs="*", default=list(contenders(8)), help="default: all")
+    parser.add_argument("--variants", nargs="*", default=NAMES, help="default: all")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
     parser.add_argument("--layers", type=int, default=28 if cuda else 4, help=LAYERS)

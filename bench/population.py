@@ -25,7 +25,7 @@ from typing import Any
 import peft
 import torch
 import torch.nn.functional as F
-from common import interleaved, peak_bytes, qwen3, ratio, synchronize, write
+from common import interleaved, of_rank, peak_bytes, qwen3, ratio, synchronize, write
 from overhead import LAYERS, Q_V
 from torch import Tensor
 
@@ -196,17 +196,8 @@ def main() -> None:
             if K * examples <= options.sequences:
                 rows.append(measure_ways(K, examples, options, model, theirs))
                 write("population", rows, settings=vars(options))
-    r = options.r
-    variants = {
-        "pissa": lf.PiSSA(r=r),
-        "dora": lf.DoRA(r=r),
-        "delora": lf.DeLoRA(r=r),
-        "ia3": lf.IA3(),
-        "ia3ff": lf.IA3FF(),
-        "hra": lf.HRA(r=r),
-    }
-    for name, variant in variants.items():
-        rows.append(measure_variant(name, variant, options, model))
+    for name in ("pissa", "dora", "delora", "ia3", "ia3ff", "hra"):
+        rows.append(measure_variant(name, of_rank(name, options.r), options, model))
         write("population", rows, settings=vars(options))
 
 

@@ -8,27 +8,18 @@ from __future__ import annotations
 import argparse
 
 import torch
-from common import qwen3, write
+from common import of_rank, qwen3, write
 from population import Setting
 from torch.profiler import ProfilerActivity, profile
-
-import lora_func as lf
 
 
 def main() -> None:
     r, layers, tokens = 32, 28, 256
-    variants = {
-        "lora": lf.LoRA(r=r),
-        "dora": lf.DoRA(r=r),
-        "delora": lf.DeLoRA(r=r),
-        "ia3": lf.IA3(),
-        "hra": lf.HRA(r=r),
-    }
     model = qwen3(layers, "cuda", torch.bfloat16)
     options = argparse.Namespace(tokens=tokens, device="cuda")
     rows = []
-    for name, variant in variants.items():
-        setting = Setting(model, variant, 16, 1, options)
+    for name in ("lora", "dora", "delora", "ia3", "hra"):
+        setting = Setting(model, of_rank(name, r), 16, 1, options)
         setting.population()
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:

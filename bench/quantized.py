@@ -13,7 +13,7 @@ import warnings
 from typing import Any
 
 import torch
-from common import peak_bytes, qwen3, write
+from common import of_rank, peak_bytes, qwen3, write
 from overhead import LAYERS
 from transformers import BitsAndBytesConfig, Qwen3ForCausalLM
 
@@ -100,22 +100,14 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="MatMul8bitLt")
-    r, dtype = options.r, getattr(torch, options.dtype)
-    variants = {
-        "lora": lf.LoRA(r=r),
-        "pissa": lf.PiSSA(r=r),
-        "dora": lf.DoRA(r=r),
-        "delora": lf.DeLoRA(r=r),
-        "ia3": lf.IA3(),
-        "ia3ff": lf.IA3FF(),
-        "hra": lf.HRA(r=r),
-    }
+    dtype = getattr(torch, options.dtype)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         qwen3(options.layers, "cpu", dtype, vocab_size=options.vocabulary).save_pretrained(folder)
         for kind in KINDS:
             model = load(folder, kind, options.device, dtype)
-            for name, variant in variants.items():
+            for name in ("lora", "pissa", "dora", "delora", "ia3", "ia3ff", "hra"):
+                variant = of_rank(name, options.r)
                 rows.append(measure(name, variant, kind, model, options))
                 write("quantized", rows, settings=vars(options))
 

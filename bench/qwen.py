@@ -131,13 +131,6 @@ def unreachable(model: str, seconds: float = 5.0) -> str | None:
     raise error
 
 
-def make(name: str, r: int) -> lf.Variant:
-    """A variant with the settings of its card, and with `r` times the width of its card."""
-    kind = lf.VARIANTS[name]
-    rank = {"r": r * kind.card.width} if "r" in kind.__dataclass_fields__ else {}
-    return kind(**rank, **kind.card.settings)
-
-
 def adapt(
     model: nn.Module, variant: lf.Variant, batch: Any, **targets: Any
 ) -> tuple[lf.Adapter, dict[str, Tensor]]:
@@ -158,7 +151,9 @@ def probe(
 ) -> tuple[dict[str, Any], list[str]]:
     """One row of the table, and the laws that were broken. `base` is copied and never called."""
     model = copy.deepcopy(base)
-    adapter, params = adapt(model, make(name, options.r), batch, names=Q_V, layers=(0,))
+    adapter, params = adapt(
+        model, lf.Card.suggested(lf.VARIANTS[name], options.r), batch, names=Q_V, layers=(0,)
+    )
     start = {key: leaf.clone() for key, leaf in params.items()}
     try:
         found = lf.probe(adapter, model, params, batch)
@@ -250,7 +245,7 @@ def check_qwen3(variants: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[s
         expected = model(**batch).logits
     rows, broken = [], []
     for name in tqdm(variants, unit="variant", mininterval=0):
-        variant = make(name, r=32)
+        variant = lf.Card.suggested(lf.VARIANTS[name], r=32)
         adapter, params = adapt(model, variant, data, names=Q_V, layers=(0,))
         if variant.statistic is None:
             whole, _ = adapt(empty, variant, data, names=variant.card.layers)

@@ -41,6 +41,9 @@ def bind(adapter: Adapter, model: Model, params: Mapping[str, Tensor]) -> Model:
     With an example axis, a transformers model generates from as many prompts as there are examples:
     each is continued by its own adapter, on all of its beams.
 
+    In eval mode and without gradients it prepares the leaves once, until one of them changes. A
+    write through `.data` is not noticed then: call `eval()` after it, or write in place.
+
     Its state is the adapter's: `state_dict()` has the leaves and the frozen constants under their
     flat keys, and no weight of the base. `save_pretrained(folder)`, of a transformers model,
     writes a file that `lf.load(folder, model)` reads. `copy.deepcopy` copies the adapter, and

@@ -72,6 +72,15 @@ class Card:
             for name, text in self.trainable.items()
         }
 
+    @staticmethod
+    def suggested(kind: Any, r: int) -> Any:
+        """A variant of the class `kind` with the settings of its card.
+
+        Its rank, if it has one, is `r` times the width of its card.
+        """
+        rank = {"r": r * kind.card.width} if "r" in kind.__dataclass_fields__ else {}
+        return kind(**rank, **kind.card.settings)
+
     @property
     def url(self) -> str:
         """The address of `source`."""

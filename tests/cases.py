@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -354,3 +356,17 @@ def layers(
         moved=case.moved(variant),
     )
     return dataclasses.replace(layer, condition=case.condition(layer))
+
+
+def over(*names: str):
+    """Runs a test on drawn layers of each of these cases, with inputs of five tokens."""
+
+    def decorate(test):
+        def run(case, data):
+            test(data.draw(layers(case, sizes=st.integers(2, 24), leads=((5,),))), data)
+
+        run.__name__, run.__doc__ = test.__name__, test.__doc__
+        cases = [pytest.param(CASES[name], id=name) for name in names]
+        return pytest.mark.parametrize("case", cases)(given(data=st.data())(run))
+
+    return decorate

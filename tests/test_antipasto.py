@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, data_for, layers, stats_of
-from hypothesis import assume, given
+from cases import CASES, data_for, over, stats_of
+from hypothesis import assume
 from hypothesis import strategies as st
 from models import adapted, mlp, text_batch, tiny_llama, trained
 from torch import Tensor
@@ -29,20 +29,6 @@ ROTATION = ("antipastorotation", "antipastorotation-U", "antipastorotation-none"
 SSVDS = ("ssvd", "ssvd-approximate")
 ALL = (*GAIN, *ARROW, *ABLATE, *ROTATION, *SSVDS, "ssteer")
 Q_V = lf.Targets(names=(r"q_proj$", r"v_proj$"))
-
-
-def over(*names: str):
-    """Runs a test on drawn layers of each of these cases, with inputs of five tokens."""
-
-    def decorate(test):
-        def run(case, data):
-            test(data.draw(layers(case, sizes=st.integers(2, 24), leads=((5,),))), data)
-
-        run.__name__, run.__doc__ = test.__name__, test.__doc__
-        cases = [pytest.param(CASES[name], id=name) for name in names]
-        return pytest.mark.parametrize("case", cases)(given(data=st.data())(run))
-
-    return decorate
 
 
 def bias(layer: Layer) -> Tensor:

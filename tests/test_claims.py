@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, layers
-from hypothesis import given
-from hypothesis import strategies as st
+from cases import over
 from models import adapted, text_batch, tiny_llama
 from torch import Tensor
 
@@ -19,20 +17,6 @@ from lora_func.testing import Layer
 
 CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
 OFTS, ROADS = ("oft", "oft-neumann", "oft-shared"), ("road", "road-2", "road-4")
-
-
-def over(*names: str):
-    """Runs a test on drawn layers of each of these cases, with inputs of five tokens."""
-
-    def decorate(test):
-        def run(case, data):
-            test(data.draw(layers(case, sizes=st.integers(2, 24), leads=((5,),))), data)
-
-        run.__name__, run.__doc__ = test.__name__, test.__doc__
-        cases = [pytest.param(CASES[name], id=name) for name in names]
-        return pytest.mark.parametrize("case", cases)(given(data=st.data())(run))
-
-    return decorate
 
 
 def rotation(layer: Layer) -> Tensor:

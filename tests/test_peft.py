@@ -13,10 +13,10 @@ import peft
 import pytest
 import torch
 from cases import CASES, Case
+from common import peft_config
 from torch import Tensor, nn
 
 import lora_func as lf
-from lora_func.card import TARGETS
 
 R = 4
 TOLERANCE = 1e-5  # float32, relative to the largest entry
@@ -41,16 +41,8 @@ class Net(nn.Module):
 
 def config_of(case: Case) -> Any:
     """PEFT's config of the same method, with the same rank and scale."""
-    known, variant = case.example.card.peft, case.variant(R)
-    assert known is not None
     assert case.peft is not None
-    fields: dict[str, Any] = {"target_modules": ["target"]}
-    if known.rank is not None:
-        fields[known.rank] = R
-    if known.config == "LoraConfig":
-        fields["lora_alpha"] = getattr(variant, "scale", 1.0) * R
-    fields |= {k: ["target"] if v == TARGETS else v for k, v in known.fields.items()}
-    return getattr(peft, known.config)(**{**fields, **case.peft.fields})
+    return peft_config(case.variant(R), ["target"], **case.peft.fields)
 
 
 def pair(case: Case, model: nn.Module) -> tuple[lf.Adapter, dict[str, Tensor], nn.Module, dict]:

@@ -115,6 +115,18 @@ def test_leaves_that_require_grad_are_never_kept(counts):
     assert torch.equal(bound(x), adapter(model, leaves, x))
 
 
+@torch.no_grad()
+def test_a_write_through_data_is_noticed_after_eval():
+    """As an average of the weights may write between two evaluations."""
+    model, adapter, params = adapted(lf.DoRA(r=2))
+    leaves, batch = leaves_of(params), text_batch()
+    bound = lf.bind(adapter, model, leaves)
+    bound(**batch)
+    for leaf in leaves.values():
+        leaf.data.add_(0.1)
+    assert torch.equal(bound.eval()(**batch).logits, adapter(model, leaves, batch).logits)
+
+
 def test_a_bound_view_in_training_prepares_for_each_step(counts):
     model, adapter, params = adapted(Counting(r=2))
     leaves = leaves_of(params)

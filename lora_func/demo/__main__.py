@@ -177,9 +177,7 @@ def main(demo: Demo) -> dict[str, Any]:
 
 def variant_of(demo: Demo) -> lf.Variant:
     """The variant, with the settings of its card, and with the demo's rank if it has one."""
-    kind = lf.VARIANTS[demo.variant]
-    rank = {"r": demo.r * kind.card.width} if "r" in kind.__dataclass_fields__ else {}
-    return kind(**rank, **kind.card.settings)
+    return lf.Card.suggested(lf.VARIANTS[demo.variant], demo.r)
 
 
 def prompt(example: Example) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ from .batch import call_arguments
 from .keys import SHARED, by_path, key_mismatch
 from .layer import AdaptedLayer, check_bare
 from .leaves import blank, check_stats, draw
+from .messages import explained, missing_modules
 from .reach import Reach
 from .refused import check_base
 from .sites import Base, Found, Site
@@ -381,28 +382,3 @@ def check_order(call: str, **given: Any) -> None:
                 f"{call}: {name} must be of type {kinds[name].__name__}, not "
                 f"{type(value).__name__}. Check the order of the arguments"
             )
-
-
-def explained(error: RuntimeError, model: nn.Module) -> str | None:
-    """What to do about an error of torch inside a view; None for an error of another kind."""
-    if "saved tensor hooks" in str(error):
-        return (
-            "torch.func.grad and vjp cannot run through activation checkpointing, nor through "
-            "anything else that packs saved tensors. Use lf.value_and_grad or plain autograd "
-            "outside of transforms, or switch it off (gradient_checkpointing_disable)"
-        )
-    offloaded = any(accelerate.offloading(module) for module in model.modules())
-    if "data pointer" in str(error) and offloaded:
-        return (
-            "torch.func transforms cannot run through weights that accelerate offloads to the "
-            "disk. Use lf.value_and_grad or plain autograd outside of transforms, or offload to "
-            "the CPU"
-        )
-    return None
-
-
-def missing_modules(model: nn.Module, missing: Sequence[str]) -> str:
-    """The message for a model without some of the targets."""
-    paths = [path for path, _ in model.named_modules()]
-    hint = near_misses(missing[0], paths)
-    return f"{type(model).__name__} has no layer {listing(missing)}.{hint}"

@@ -154,7 +154,21 @@ BREAKERS = {
 
 
 def test_the_sound_one_keeps_all_laws():
-    assert check_variant(Sound()).held.keys() == LAWS.keys() == BREAKERS.keys()
+    report = check_variant(Sound())
+    assert report.held.keys() == LAWS.keys() == BREAKERS.keys()
+    assert "Sound(r=4): 17 laws hold" in str(report)
+    assert not report.left_out
+
+
+def test_all_laws_are_checked_unless_some_are_named():
+    with pytest.raises(Broken, match=r"equals_the_merged_layer \((.|\n)*on a layer of shape"):
+        check_variant(MergesTwice())
+
+
+def test_unknown_laws_are_named():
+    message = r"unknown law \['identity'\]; the laws are \['purity'"
+    with pytest.raises(lf.LoraFuncError, match=message):
+        check_variant(Sound(), laws=["identity"])
 
 
 @pytest.mark.parametrize("law", BREAKERS)
