@@ -42,7 +42,7 @@ class OFT(Variant):
         formula="base layer of x blockdiag((I + Q)(I - Q)⁻¹)",
         trainable={"v": "blocks(d_in), block_size * (block_size - 1) // 2"},
         reads="nothing",
-        lr=5e-3,
+        lr=1e-3,
         peft=Peft("OFTConfig", rank=None),
         beside_peft="the same with terms=5; PEFT's exact form is the inverse rotation",
     )
