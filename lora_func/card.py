@@ -41,6 +41,8 @@ class Card:
     pushed through it on each call."""
     data: str = "none"
     """Whether `init` uses calibration data: "none", "optional" or "required"."""
+    any_shape: bool = False
+    """Takes parameters of any shape, such as biases and norms, and not only matrices."""
     lr: float = 1e-3  # learning rate of AdamW to start from
     layers: tuple[str, ...] = (r"q_proj$", r"v_proj$")  # regexes of the layers to start with
     settings: Mapping[str, Any] = field(default_factory=dict)  # fields to start with, beside r
@@ -55,7 +57,7 @@ class Card:
                 raise ValueError(f"Card({name}={given!r}): {name} must be one of {known}")
 
     def shapes(
-        self, variant: Any, shape: tuple[int, int], **known: int
+        self, variant: Any, shape: tuple[int, ...], **known: int
     ) -> dict[str, tuple[int, ...]]:
         """Leaf -> its shape as `trainable` declares it, for a layer of `shape` (d_out, d_in).
 

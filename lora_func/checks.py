@@ -46,7 +46,7 @@ def check_choice(variant: Variant, name: str, choices: Sequence[Any]) -> None:
         raise refusal(variant, name, " or ".join(repr(choice) for choice in choices))
 
 
-def check_fits(variant: Variant, shape: tuple[int, int], limit: int | None = None) -> None:
+def check_fits(variant: Variant, shape: tuple[int, ...], limit: int | None = None) -> None:
     """Raises LoraFuncError if r exceeds `limit` on a layer of `shape`; None: min(d_out, d_in)."""
     r, limit = variant.r, min(shape) if limit is None else limit  # pyright: ignore
     if r > limit:

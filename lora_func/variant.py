@@ -98,10 +98,9 @@ class Weight:
         self.bias = bias
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """`(d_out, d_in)`."""
-        d_out, d_in = self.matrix.shape
-        return d_out, d_in
+    def shape(self) -> tuple[int, ...]:
+        """`(d_out, d_in)`. For a tensor that is not a matrix, such as a bias, its own shape."""
+        return tuple(self.matrix.shape)
 
     @property
     def device(self) -> torch.device:
@@ -275,11 +274,24 @@ class Variant(abc.ABC, metaclass=VariantType):
     def merged(self, weight: Weight, params: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """`(W_eff [d_out, d_in], b_eff [d_out] or None)`: the adapter as one linear layer.
 
-        Raises LoraFuncError if no such closed form exists.
+        In float32 or wider, with autocast off. It must be differentiable and work under
+        `torch.vmap`, which maps it over a stack of matrices. If the output at init is exact, so is
+        W_eff: write it as W plus a term that is exactly zero. Raises LoraFuncError if there is no
+        such closed form.
         """
         raise LoraFuncError(
             f"{type(self).__name__} has no closed form as one linear layer, so it cannot be merged"
         )
+
+    def factors(self, weight: Weight, params: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """`(A [k, d_in], B [d_out, k])` with `W_eff = W + B A`, for any k; the bias stays.
+
+        None if the change of the weight has no such form. The rules of `merged` hold here too. If
+        the output at init is exact, every term in the sums of B A must be exactly zero at init:
+        terms that only cancel leave a remainder, which depends on the order of the sum. So write
+        B A - B0 A0 as (B - B0) A + B0 (A - A0), as `linalg.low_rank_difference` does.
+        """
+        return None
 
     def prepared(
         self, weight: Weight | None, params: dict[str, Tensor], dtype: torch.dtype

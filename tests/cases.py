@@ -37,6 +37,8 @@ class Peft:
     fields: Mapping[str, Any] = field(default_factory=dict)  # of the config, beside the card's
     anchors: Mapping[str, str] = field(default_factory=dict)  # frozen leaf -> PEFT's, at init
     shared: Mapping[str, str] = field(default_factory=dict)  # shared constant -> PEFT's buffer
+    constants: Mapping[str, Callable[[Any], Tensor]] = field(default_factory=dict)
+    """Frozen leaf -> its value in PEFT's layer."""
 
 
 def of_statistic(variant: Variant, weight: Weight, seed: int) -> Any:
@@ -64,6 +66,7 @@ class Case:
     condition: Callable[[Layer], float] = lambda layer: 1.0  # how the formula amplifies rounding
     activations: int = 0  # of the layer's size, that its gradient needs beside the input
     products: int = 1  # of rank r, whose intermediates its gradient needs
+    remade: tuple[str, ...] = ()  # kernels that run anew for each token, by design
     engine: bool = True  # whether the tests of the engine run it, and not only the laws
     peft: Peft | None = None  # the differential test, for what PEFT has
 
@@ -128,6 +131,10 @@ ROAD = {
 }
 A_B = {"A": ("lora_A.default.weight", same), "B": ("lora_B.default.weight", same)}
 ANCHORS = {"A0": "lora_A.default.weight", "B0": "lora_B.default.weight"}
+POSITIONS = {
+    "rows": lambda layer: layer.shira_indices["default"][0],
+    "cols": lambda layer: layer.shira_indices["default"][1],
+}
 second: dict[str, Any] = {"engine": False}  # another form of a variant that the engine has seen
 data: dict[str, Any] = {"stats": of_statistic}
 
@@ -291,6 +298,14 @@ CASES = {
     "antipastoarrow-data": Case(
         lambda r: arrow(r, pool="mean_abs", coeff=-0.8), from_two, smallest=2, **data, **second
     ),
+    "shira": Case(
+        lf.SHiRA,
+        up_to(lambda o, i: o * i // (o + i)),
+        smallest=2,
+        remade=("aten.new_zeros.default", "aten.index_put.default"),  # ΔW, which is not kept
+        peft=Peft({"v": ("shira_weight.default", same)}, constants=POSITIONS),
+    ),
+    "full": Case(lf.Full, none),
     "ssteer": Case(
         lambda r: lf.SSteer(r=r, alpha=0.7),
         fitting,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lora_func as lf
+from lora_func.precision import at_least_float32
 from lora_func.testing import LAWS, Broken, check_variant
 
 
@@ -30,7 +31,11 @@ class Sound(lf.Variant):
         return (x @ params["A"].to(x.dtype).mT) @ params["B"].to(x.dtype).mT
 
     def merged(self, weight, params):
-        return weight.dense() + params["B"] @ params["A"], weight.bias
+        A, B = self.factors(weight, params)
+        return at_least_float32(weight.dense()) + B @ A, weight.bias
+
+    def factors(self, weight, params):
+        return at_least_float32(params["A"]), at_least_float32(params["B"])
 
 
 class WritesToTheBias(Sound):
@@ -50,6 +55,44 @@ class StartsElsewhere(Sound):
 class MergesTwice(Sound):
     def merged(self, weight, params):
         return weight.dense() + 2 * params["B"] @ params["A"], weight.bias
+
+
+class MergesWithTwoRoundings(Sound):
+    """W / 3 * 3 is not W."""
+
+    def merged(self, weight, params):
+        W, b = super().merged(weight, params)
+        return W / 3 * 3, b
+
+
+class CancelsAtInit(Sound):
+    """B A - B A is zero, and yet no form of it that is exact in any order of the sum."""
+
+    def factors(self, weight, params):
+        A, B = super().factors(weight, params)
+        A1, B1 = torch.ones(1, A.shape[1]).to(A), torch.ones(len(B), 1).to(B)
+        return torch.cat([A, A1, A1]), torch.cat([B, B1, -B1], dim=1)
+
+
+class ForgetsTheScale(Sound):
+    def factors(self, weight, params):
+        A, B = super().factors(weight, params)
+        return A, 2 * B
+
+    def merged(self, weight, params):
+        return Sound().merged(weight, params)
+
+
+class MergesOneMatrixOnly(Sound):
+    def merged(self, weight, params):
+        W, b = super().merged(weight, params)
+        return W if W.isfinite().all().item() else weight.dense(), b
+
+
+class MergesWithoutADerivative(Sound):
+    def factors(self, weight, params):
+        A, B = super().factors(weight, params)
+        return A.detach(), B
 
 
 class Bends(Sound):
@@ -136,6 +179,16 @@ BREAKERS = {
     "purity": (WritesToTheBias, "b was written to"),
     "identity_at_init": (StartsElsewhere, r"the base output: [\d.e-]+ off, expected equality to"),
     "equals_the_merged_layer": (MergesTwice, r"the merged layer: [\d.]+ off, at most [\d.e-]+ all"),
+    "merged_at_init_is_the_weight": (
+        MergesWithTwoRoundings,
+        r"W_eff at init, parameters in torch.float32: [\d.e-]+ off, expected equality to the bit",
+    ),
+    "factors_make_the_merged_weight": (ForgetsTheScale, r"W \+ B A against W_eff: [\d.]+ off, at"),
+    "merged_of_a_stack_is_the_loop": (MergesOneMatrixOnly, r"RuntimeError: .*vmap"),
+    "closed_forms_have_the_derivatives": (
+        MergesWithoutADerivative,
+        r"the gradient of the merged layer in A: [\d.]+ off, at most",
+    ),
     "affine_in_x": (Bends, r"f\(0.7 u - 1.3 v\): [\d.e-]+ off, at most"),
     "rows_are_independent": (MixesTokens, r"split|permuted tokens|one by one: [\d.]+ off"),
     "shape_and_dtype": (TakesTheDtypeOfItsParameters, r"parameters in torch.float64: out is torch"),
@@ -156,7 +209,7 @@ BREAKERS = {
 def test_the_sound_one_keeps_all_laws():
     report = check_variant(Sound())
     assert report.held.keys() == LAWS.keys() == BREAKERS.keys()
-    assert "Sound(r=4): 17 laws hold" in str(report)
+    assert "Sound(r=4): 21 laws hold" in str(report)
     assert not report.left_out
 
 
@@ -169,6 +222,11 @@ def test_unknown_laws_are_named():
     message = r"unknown law \['identity'\]; the laws are \['purity'"
     with pytest.raises(lf.LoraFuncError, match=message):
         check_variant(Sound(), laws=["identity"])
+
+
+def test_factors_that_cancel_at_init_are_not_exact():
+    with pytest.raises(Broken, match=r"the terms of B A at init, .* add up to 2, not 0"):
+        check_variant(CancelsAtInit(), laws=["merged_at_init_is_the_weight"])
 
 
 @pytest.mark.parametrize("law", BREAKERS)

@@ -45,13 +45,16 @@ def config_of(case: Case) -> Any:
     return peft_config(case.variant(R), ["target"], **case.peft.fields)
 
 
-def pair(case: Case, model: nn.Module) -> tuple[lf.Adapter, dict[str, Tensor], nn.Module, dict]:
+def pair(case: Case, model: nn.Module) -> tuple[lf.Adapter, dict[str, Tensor], Any, dict]:
     """Our adapter, moved parameters, PEFT's model with the same ones, and those of its layer."""
     adapter, params = lf.adapt(model, case.variant(R), targets=HERE)
     theirs = peft.get_peft_model(copy.deepcopy(model), config_of(case))
     own = {n.split("target.")[1]: p for n, p in theirs.named_parameters() if "target." in n}
-    if case.peft.anchors:  # the signs of singular vectors are arbitrary: start from PEFT's
-        frozen = {f"target.lora_{k}": own[v].detach().clone() for k, v in case.peft.anchors.items()}
+    # The signs of singular vectors and the positions of a mask are arbitrary: start from PEFT's.
+    frozen = {f"target.lora_{k}": own[v].detach().clone() for k, v in case.peft.anchors.items()}
+    layer = theirs.base_model.model.target
+    frozen |= {f"target.lora_{k}": read(layer) for k, read in case.peft.constants.items()}
+    if frozen:
         adapter = lf.Adapter(adapter.variants, adapter.shapes, frozen, adapter.base, adapter.dtype)
         params = adapter.init(model)
     buffers = {name.split("target.")[-1]: t for name, t in theirs.named_buffers()}
@@ -66,6 +69,7 @@ def pair(case: Case, model: nn.Module) -> tuple[lf.Adapter, dict[str, Tensor], n
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24)], ids=["narrowing", "widening"])
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # of PEFT's SHiRA
 @over_compared
 def test_outputs_and_gradients(case: Case, shape, bias: bool):
     model = Net(bias, *shape)
@@ -84,6 +88,15 @@ def test_outputs_and_gradients(case: Case, shape, bias: bool):
     (adapter(model, trained, xs[0]) * weights).sum().backward()
     (theirs(xs[1]) * weights).sum().backward()
     assert_close(xs[0].grad, xs[1].grad)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # of PEFT's SHiRA
+@over_compared
+def test_merged_weights(case: Case):
+    model = Net(bias=True)
+    adapter, trained, theirs, _ = pair(case, model)
+    expected = theirs.merge_and_unload().target.weight
+    assert_close(lf.merge(adapter, model, trained)["target.weight"], expected)
 
 
 @over_compared

@@ -5,7 +5,8 @@ laws over its catalogue, on layers that hypothesis draws.
 """
 
 from .check import Report, check_variant
-from .laws import LAWS, Broken, Law, rounding_at_init
+from .law import LAWS, Broken, Law
+from .laws import rounding_at_init
 from .layer import ANY, Layer, stats_for
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import LoraFuncError
 from ..variant import Variant, Weight
-from .laws import LAWS, Broken
+from .law import LAWS, Broken
 from .layer import Layer, stats_for
 
 

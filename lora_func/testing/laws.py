@@ -6,103 +6,20 @@ import itertools
 import tempfile
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine.adapt import adapt
 from ..engine.leaves import looks_at_data
 from ..engine.targets import Targets
-from ..errors import LoraFuncError
 from ..files.load import load
 from ..files.save import save
 from ..variant import Prepared, Variant, Weight
-from .layer import ANY, Layer, Shape
-
-TOLERANCE = {
-    torch.float64: 1e-10,
-    torch.float32: 1e-5,
-    torch.bfloat16: 3e-2,
-    torch.float16: 5e-3,
-}
-"""Relative to the largest entry of a reference in float64: what the dtype resolves, times what a
-product over at most 96 inputs accumulates."""
-DTYPES = tuple(TOLERANCE)
-
-
-class Broken(LoraFuncError):
-    """A law that a variant breaks. The message names the law and shows the numbers."""
-
-
-@dataclass(frozen=True)
-class Law:
-    """One law: what it says, how it is checked, and on which layers."""
-
-    check: Callable[[Layer], None]
-    dtypes: tuple[torch.dtype, ...] = (torch.float64,)
-    leads: tuple[Shape, ...] = ANY
-    largest: int = 96  # of d_out and d_in
-    applies: Callable[[Variant], bool] = lambda variant: True
-    trains: bool = False  # whether it says something of trainable leaves
-
-    @property
-    def name(self) -> str:
-        return self.check.__name__
-
-    @property
-    def statement(self) -> str:
-        return (self.check.__doc__ or "").splitlines()[0]
-
-
-LAWS: dict[str, Law] = {}
-"""name -> law."""
-
-
-def law(**about: Any) -> Callable[[Callable[[Layer], None]], Callable[[Layer], None]]:
-    """Enters a function of a layer into `LAWS`."""
-
-    def enter(check: Callable[[Layer], None]) -> Callable[[Layer], None]:
-        LAWS[check.__name__] = Law(check, **about)
-        return check
-
-    return enter
-
-
-def expect(holds: bool | Tensor, message: str) -> None:
-    """Raises Broken unless `holds`."""
-    if not holds:
-        raise Broken(message)
-
-
-def expect_equal(given: Tensor, expected: Tensor, what: str) -> None:
-    """Raises Broken unless two tensors are equal to the bit."""
-    if given.shape != expected.shape or given.dtype != expected.dtype:
-        got = f"{given.dtype} of shape {tuple(given.shape)}"
-        raise Broken(f"{what}: {got}, expected {expected.dtype} of shape {tuple(expected.shape)}")
-    if not torch.equal(given, expected):
-        off = (given.double() - expected.double()).abs().max().item()
-        raise Broken(f"{what}: {off:.3g} off, expected equality to the bit")
-
-
-def expect_close(
-    given: Tensor, expected: Tensor, tolerance: float, what: str, scale: Tensor | None = None
-) -> None:
-    """Raises Broken unless `given` is within `tolerance` of the largest entry of `expected`.
-
-    `scale`: other tensor whose largest entry counts, if `expected` may cancel.
-    """
-    if given.shape != expected.shape:
-        raise Broken(f"{what}: shape {tuple(given.shape)}, expected {tuple(expected.shape)}")
-    if not given.numel():
-        return
-    sizes = [t.abs().max().item() for t in (expected, scale) if t is not None and t.numel()]
-    off = (given.double() - expected.double()).abs().max().item()
-    limit = tolerance * max(*sizes, 1e-30)
-    if not off <= limit:
-        raise Broken(f"{what}: {off:.3g} off, at most {limit:.3g} allowed")
+from .law import DTYPES, TOLERANCE, Broken, expect, expect_close, expect_equal, law
+from .layer import Layer
 
 
 def rounding_at_init(variant: Variant, dtype: torch.dtype) -> float:
@@ -118,6 +35,18 @@ def rounding_at_init(variant: Variant, dtype: torch.dtype) -> float:
 def has_closed_form(variant: Variant) -> bool:
     """Whether the variant has a `merged` of its own."""
     return type(variant).merged is not Variant.merged
+
+
+def has_factors(variant: Variant) -> bool:
+    """Whether the variant has `factors` of its own, beside `merged`."""
+    return has_closed_form(variant) and type(variant).factors is not Variant.factors
+
+
+def closed_forms(variant: Variant, weight: Weight, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `merged` and `factors` return."""
+    W, b = variant.merged(weight, params)
+    A, B = variant.factors(weight, params) or (None, None)
+    return {name: t for name, t in (("W", W), ("b", b), ("A", A), ("B", B)) if t is not None}
 
 
 @law()
@@ -164,6 +93,102 @@ def equals_the_merged_layer(layer: Layer) -> None:
     expected, scale = layer.reference()
     tolerance = TOLERANCE[layer.x.dtype] * layer.condition
     expect_close(layer(layer.trained), expected, tolerance, "out against the merged layer", scale)
+
+
+@law(
+    dtypes=(torch.float32, torch.bfloat16),
+    leads=((1,),),
+    applies=lambda variant: has_closed_form(variant) and variant.card.at_init == "exact",
+)
+def merged_at_init_is_the_weight(layer: Layer) -> None:
+    """At init W_eff, in the dtype of the weight, is the weight to the bit, and so is the bias.
+
+    For parameters in any dtype. No term of B A differs from zero there.
+    """
+    matrix, bias = layer.weight.matrix, layer.weight.bias
+    for kept_in in DTYPES:
+        params = {**layer.init, **{name: layer.init[name].to(kept_in) for name in layer.names}}
+        found, given = closed_forms(layer.variant, layer.weight, params), f"parameters in {kept_in}"
+        expect_equal(found["W"].to(matrix.dtype), matrix, f"W_eff at init, {given}")
+        if bias is not None:
+            expect_equal(found["b"].to(bias.dtype), bias, f"the bias at init, {given}")
+        if "A" in found:
+            terms = (found["B"].abs() @ found["A"].abs()).max()
+            expect(terms == 0, f"the terms of B A at init, {given}, add up to {terms:.3g}, not 0")
+
+
+@law(dtypes=(torch.float64, torch.bfloat16), leads=((1,),), applies=has_factors)
+def factors_make_the_merged_weight(layer: Layer) -> None:
+    """W_eff = W + B A, with `factors` in float32 or wider, and the bias is that of the layer."""
+    found, W = closed_forms(layer.variant, layer.weight, layer.trained), layer.weight.matrix
+    if "A" not in found:
+        return
+    A, B, wide = found["A"], found["B"], torch.promote_types(W.dtype, torch.float32)
+    for name, factor in (("A", A), ("B", B)):
+        expect(factor.dtype.itemsize >= 4, f"{name} is in {factor.dtype}, narrower than float32")
+    rank, (d_out, d_in) = len(A), W.shape
+    expect(A.shape == (rank, d_in), f"A has shape {tuple(A.shape)}, not (k, {d_in})")
+    expect(B.shape == (d_out, rank), f"B has shape {tuple(B.shape)}, not ({d_out}, {rank})")
+    sizes = W.abs() + B.abs() @ A.abs()
+    expect_close(W + B @ A, found["W"], TOLERANCE[wide], "W + B A against W_eff", sizes)
+    if layer.weight.bias is not None:
+        expect_equal(found["b"], layer.weight.bias, "the merged bias")
+
+
+@law(leads=((1,),), applies=has_closed_form)
+def merged_of_a_stack_is_the_loop(layer: Layer) -> None:
+    """torch.vmap of `merged` and `factors` over stacks of weights and parameters is the loop."""
+    weight = {"W": layer.weight.matrix, "b": layer.weight.bias}
+    one = {name: t for name, t in weight.items() if t is not None}
+    scales = torch.tensor([1.0, 1.1, 1.2], dtype=torch.float64)
+    each = [{**layer.trained, **{n: t * s for n, t in layer.leaves().items()}} for s in scales]
+
+    def forms(weight: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
+        return closed_forms(layer.variant, Weight(weight["W"], weight.get("b")), params)
+
+    def stacked(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.stack([entries[name] for entries in dicts]) for name in dicts[0]}
+
+    loop, tolerance = stacked([forms(one, params) for params in each]), 1e-12 * layer.condition
+    for name, t in torch.vmap(forms)(stacked([one] * 3), stacked(each)).items():
+        expect_close(t, loop[name], tolerance, f"vmap over stacks: {name}")
+
+
+@law(leads=((3,),), largest=24, applies=has_closed_form, trains=True)
+def closed_forms_have_the_derivatives(layer: Layer) -> None:
+    """The merged layer, and the base plus (x Aᵀ) Bᵀ, have the adapter's derivatives in each leaf.
+
+    In reverse mode and in forward mode.
+    """
+    x, leaves = layer.x, layer.leaves()
+
+    def merged(trainable: dict[str, Tensor]) -> Tensor:
+        found = closed_forms(layer.variant, layer.weight, {**layer.trained, **trainable})
+        return F.linear(x, found["W"], found.get("b"))
+
+    def factored(trainable: dict[str, Tensor]) -> Tensor:
+        found = closed_forms(layer.variant, layer.weight, {**layer.trained, **trainable})
+        return layer.base(x) + (x @ found["A"].mT) @ found["B"].mT
+
+    def wave(t: Tensor) -> Tensor:
+        return torch.linspace(-1, 1, t.numel(), dtype=t.dtype).sin().reshape(t.shape)
+
+    def derivatives(f: Callable[[dict[str, Tensor]], Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        out, pull = torch.func.vjp(f, leaves)  # pyright: ignore  (two, without has_aux)
+        steps = {name: wave(leaf) for name, leaf in leaves.items()}
+        return pull(wave(out))[0], torch.func.jvp(f, (leaves,), (steps,))[1]
+
+    grads, moved = derivatives(layer.at)
+    largest = torch.cat([grad.flatten() for grad in grads.values()])
+    has_both = "A" in closed_forms(layer.variant, layer.weight, layer.trained)
+    for form in (merged, factored) if has_both else (merged,):
+        own_grads, own_moved = derivatives(form)
+        tolerance, name = 1e-10 * layer.condition, form.__name__
+        for leaf, grad in grads.items():
+            what = f"the gradient of the {name} layer in {leaf}"
+            expect_close(own_grads[leaf], grad, tolerance, what, largest)
+        what = f"the forward derivative of the {name} layer"
+        expect_close(own_moved, moved, tolerance, what, layer(layer.trained))
 
 
 @law(leads=((3,),), applies=has_closed_form)
@@ -307,7 +332,7 @@ def reads_of_the_weight(layer: Layer) -> None:
             return layer.weight.bias
 
         @property
-        def shape(self) -> tuple[int, int]:
+        def shape(self) -> tuple[int, ...]:
             return layer.weight.shape
 
         @property

@@ -24,6 +24,8 @@ from .antipastocorda import AntiPaSTOCorDA as AntiPaSTOCorDA
 from .antipastoablate import AntiPaSTOAblate as AntiPaSTOAblate
 from .antipastoarrow import AntiPaSTOArrow as AntiPaSTOArrow
 from .ssteer import SSteer as SSteer
+from .shira import SHiRA as SHiRA
+from .full import Full as Full
 
 VARIANTS: dict[str, type[Variant]] = {
     kind.name(): kind

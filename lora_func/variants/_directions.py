@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..checks import check_choice, check_fits, check_number, check_rank
 from ..linalg import at_least_float32, top_svd
-from ..variant import Variant
+from ._low_rank import Factored
 
 
 @dataclass(frozen=True, kw_only=True)
-class Directions(Variant):
+class Directions(Factored):
     """`out = base_out + act(z) Uᵀ` with the coordinates `z = (base_out - b) U`, `[.., k]`."""
 
     @abc.abstractmethod
@@ -40,11 +40,11 @@ class Directions(Variant):
         z = (base_out - p["b"].to(base_out.dtype) if "b" in p else base_out) @ U  # [.., k]
         return base_out + F.linear(self.act(z, p), U).to(base_out.dtype)
 
-    def merged(self, weight, params):
-        # W + U act(Wᵀ U)ᵀ
+    def factors(self, weight, params):
+        # W_eff = W + U act(Wᵀ U)ᵀ
         W = at_least_float32(weight.dense())
         p = {name: t.to(W.dtype) for name, t in self.core(params).items()}
-        return W + p["U"] @ self.act(W.mT @ p["U"], p).mT, weight.bias
+        return self.act(W.mT @ p["U"], p).mT, p["U"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class Gains(Directions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turned(Variant):
+class Turned(Factored):
     """`out = base_out + act(p) Uᵀ` with the coordinates `p = x Vᵀ`, `[.., r]`."""
 
     @abc.abstractmethod
@@ -89,12 +89,10 @@ class Turned(Variant):
         moved = self.act(F.linear(x, core["V"].to(x.dtype)), core)  # [.., r]
         return base_out + F.linear(moved, core["U"].to(moved.dtype)).to(base_out.dtype)
 
-    def merged(self, weight, params):
-        # W + U act(V)
-        W = at_least_float32(weight.dense())
-        core = {name: t.to(W.dtype) for name, t in self.core(params).items()}
-        core |= {name: params[name].to(W.dtype) for name in ("U", "V", "S")}
-        return W + core["U"] @ self.act(core["V"].mT, core).mT, weight.bias
+    def factors(self, weight, params):
+        # W_eff = W + U act(Vᵀ)ᵀ
+        core = self.prepare(weight, params, at_least_float32(params["U"]).dtype)
+        return self.act(core["V"].mT, core).mT, core["U"]
 
 
 def strongest(scores, r):

@@ -1,4 +1,4 @@
-"""Families of variants that update the output by a low-rank product."""
+"""Families of variants that update the weight by a low-rank product."""
 
 from __future__ import annotations
 
@@ -16,35 +16,48 @@ from ..variant import Params, Variant, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class Product(Variant):
-    """`out = base_out + s (x Aᵀ) Bᵀ`, with the A and B that `factors` makes of the parameters."""
+class Factored(Variant):
+    """`W_eff = W + B A`, with the A and B that `factors` makes of the parameters."""
+
+    @abc.abstractmethod
+    def factors(self, weight: Weight, params: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """See `Variant.factors`."""
+
+    def merged(self, weight, params):
+        # W + B A
+        A, B = self.factors(weight, params)  # pyright: ignore  (not None here)
+        return at_least_float32(weight.dense()) + B @ A, weight.bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product(Factored):
+    """`out = base_out + s (x Aᵀ) Bᵀ`, with the A and B that `pair` makes of the parameters."""
 
     @property
     def scale(self) -> float:
         """s."""
         return 1.0
 
-    def factors(self, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def pair(self, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """`A [r, d_in]` and `B [d_out, r]`, in the dtype of the parameters."""
         return params["A"], params["B"]
 
     def prepare(self, weight, params, dtype):
-        A, B = self.factors(params)
+        A, B = self.pair(params)
         return {"A": A.to(dtype), "B": B.to(dtype)}
 
     def apply(self, x, base_out, weight, params):
         p = self.prepared(weight, params, x.dtype)
         return low_rank_update(base_out, x, p["A"], p["B"], self.scale)
 
-    def merged(self, weight, params):
-        # W + s B A
-        A, B = (at_least_float32(factor) for factor in self.factors(params))
-        return at_least_float32(weight.dense()) + self.scale * B @ A, weight.bias
+    def factors(self, weight, params):
+        A, B = (at_least_float32(factor) for factor in self.pair(params))
+        return A, self.scale * B
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRank(Product):
-    """A `Product` with LoRA's hyperparameters."""
+class LowRank(Variant):
+    """LoRA's hyperparameters, and its scale s."""
 
     r: int = 8  # rank, at least 1
     alpha: float = 16.0  # scale of the update before the division by r, above 0
@@ -57,6 +70,7 @@ class LowRank(Product):
 
     @property
     def scale(self) -> float:
+        """s."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
 
@@ -98,5 +112,5 @@ class Anchored(Product):
         B = torch.empty(d_out, self.r, dtype=torch.float32)
         return Params({"A": A, "B": B}, frozen={"A0": A, "B0": B})
 
-    def factors(self, params):
+    def pair(self, params):
         return low_rank_difference(params["A"], params["B"], params["A0"], params["B0"])

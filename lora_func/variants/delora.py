@@ -77,7 +77,7 @@ class DeLoRA(Product):
         anchors = {"A0": A.clone(), "B0": B.clone()}
         return Params({"A": A, "B": B, "lam": lam}, frozen={"wn": wn, **anchors})
 
-    def factors(self, params):
+    def pair(self, params):
         # Δ = B'A', minus that of the anchors
         A, B, wn = params["A"], params["B"], params["wn"].to(params["A"].dtype)
         A1, B1 = normalized(A, 1) * wn, normalized(B, 0) * (params["lam"] / self.r)

@@ -92,8 +92,9 @@ class DoRA(LowRank):
 
     def merged(self, weight, params):
         # ρ (W + s B A)
-        V, bias = super().merged(weight, params)
-        return self.gain(weight, params)[:, None] * V, bias
+        A, B = (at_least_float32(params[name]) for name in ("A", "B"))
+        V = at_least_float32(weight.dense()) + self.scale * B @ A
+        return self.gain(weight, params)[:, None] * V, weight.bias
 
 
 @full_precision

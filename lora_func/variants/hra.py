@@ -29,11 +29,12 @@ from ..card import Card, Peft
 from ..checks import check_positive, check_rank
 from ..errors import LoraFuncError
 from ..linalg import at_least_float32, compact_wy, low_rank_update, uniform
-from ..variant import Params, Variant
+from ..variant import Params
+from ._low_rank import Factored
 
 
 @dataclass(frozen=True, kw_only=True)
-class HRA(Variant):
+class HRA(Factored):
     """Householder reflection adaptation, Yuan et al. 2024 (arXiv 2405.17484).
 
     Trainable: U [r, d_in].
@@ -81,9 +82,8 @@ class HRA(Variant):
         p = self.prepared(None, params, x.dtype)
         return low_rank_update(x, x, p["A"], p["B"])
 
-    def merged(self, weight, params):
-        # W R = W - (W Kᵀ) V
+    def factors(self, weight, params):
+        # W_eff = W R = W - (W Kᵀ) V
         W = at_least_float32(weight.dense())
         V, K = compact_wy(params["U"].to(torch.promote_types(params["U"].dtype, W.dtype)))
-        W = W.to(V.dtype)
-        return W - (W @ K.mT) @ V, weight.bias
+        return V, -(W.to(V.dtype) @ K.mT)

@@ -22,11 +22,11 @@ from ..card import Card, Peft
 from ..checks import check_positive
 from ..linalg import kaiming
 from ..variant import Params
-from ._low_rank import LowRank
+from ._low_rank import LowRank, Product
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(LowRank):
+class LoRA(LowRank, Product):
     """Low-rank additive update, Hu et al. 2021 (arXiv 2106.09685).
 
     Trainable: A [r, d_in], B [d_out, r].

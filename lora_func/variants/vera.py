@@ -24,11 +24,12 @@ from ..card import Card, Peft
 from ..checks import check_number, check_rank
 from ..errors import LoraFuncError
 from ..linalg import at_least_float32, uniform
-from ..variant import Params, Variant
+from ..variant import Params
+from ._low_rank import Factored
 
 
 @dataclass(frozen=True, kw_only=True)
-class VeRA(Variant):
+class VeRA(Factored):
     """Vector-based random matrix adaptation, Kopiczko et al. 2023 (arXiv 2310.11454).
 
     Trainable: lb [d_out], ld [r].
@@ -81,8 +82,7 @@ class VeRA(Variant):
         delta = F.linear(h, p["B"].to(h.dtype))
         return base_out + (delta * p["lb"].to(delta.dtype)).to(base_out.dtype)
 
-    def merged(self, weight, params):
-        # W + diag(lb) B diag(ld) A
-        W = at_least_float32(weight.dense())
-        p = self.prepare(weight, params, W.dtype)
-        return W + (p["lb"][:, None] * p["B"]) @ (p["ld"][:, None] * p["A"]), weight.bias
+    def factors(self, weight, params):
+        # W_eff = W + diag(lb) B diag(ld) A
+        p = self.prepare(weight, params, at_least_float32(params["lb"]).dtype)
+        return p["ld"][:, None] * p["A"], p["lb"][:, None] * p["B"]
