@@ -273,6 +273,22 @@ def qwen(model: str) -> str:
     return f"{markdown(rows, headers)}\n\n{about} {ran_on}."
 
 
+def reached() -> str:
+    """The share of each model that targets reach."""
+    result, _ = read("reach-cpu")
+    rows = []
+    for row in result["rows"]:
+        names = [f"`{name}`" for name in row["names"]]
+        parameters = [f"`{name}`" for name in row["named parameters"]]
+        named = ["names " + ", ".join(names)] if names else []
+        named += ["parameters " + ", ".join(parameters)] if parameters else []
+        size = f"{row['parameters'] / 1e9:.3g}"
+        rows.append([row["model"], size, f"{row['default']:.1%}", f"{row['named']:.1%}"])
+        rows[-1].append("; ".join(named).replace("|", "\\|"))
+    headers = ["model", "parameters, 10⁹", "defaults", "named", "with"]
+    return f"{markdown(rows, headers)}\n\nThe sizes are those of the default configurations."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "variants": variants,
     "methods": methods,
@@ -287,6 +303,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantized-h100": lambda: quantized("h100"),
     "profile-h100": lambda: profiled("h100"),
     "svd-h200": lambda: svd("h200"),
+    "reach": reached,
     "qwen": lambda: qwen("smollm2-135m-instruct.q4_1-cpu"),
     "population-cpu": lambda: population("cpu"),
     "population-h100": lambda: population("h100"),

@@ -19,6 +19,7 @@ from .grad import value_and_grad
 from .merging import merge
 from .population import expand, select, stack, unstack
 from .probing import Probe, probe
+from .reaching import Reach, reach
 from .statistics import (
     InputMoments,
     Moments,
@@ -46,6 +47,7 @@ __all__ = [  # noqa: PLE0604
     "Peft",
     "Probe",
     "Projections",
+    "Reach",
     "Statistic",
     "Targets",
     "Variant",
@@ -58,6 +60,7 @@ __all__ = [  # noqa: PLE0604
     "load",
     "merge",
     "probe",
+    "reach",
     "save",
     "select",
     "stack",

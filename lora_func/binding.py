@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from .engine.adapter import Adapter, check_order
+from .engine.holder import Holder, is_parameter
 from .engine.keys import key_mismatch
-from .engine.layer import AdaptedLayer, is_parameter
+from .engine.reach import View
 from .engine.view import twin
 from .errors import LoraFuncError
 from .files.save import save
 from .libraries import transformers
+from .variant import Weight
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -66,31 +68,34 @@ def bind(adapter: Adapter, model: Model, params: Mapping[str, Tensor]) -> Model:
                 leaf.requires_grad_()
                 leaf._is_param = True  # so nn.Parameter knows a tensor that it did not make
     with torch.inference_mode(False):  # its tensors could not be part of a backward pass
-        view, layers, _ = adapter.view(model, params, call=False)
-    adapter._drift.check(model, layers, adapter.base)
-    Face(adapter, view, layers).attach(model)
-    return cast(Model, view)
+        view = adapter.view(model, params, call=False)
+    adapter._drift.check(model, view.weights(), adapter.base)
+    Face(adapter, view).attach(model)
+    return cast(Model, view.module)
 
 
 class Face:
     """What a bound view does differently from the model: its state, moves and copies."""
 
-    def __init__(self, adapter: Adapter, view: nn.Module, layers: list[AdaptedLayer]):
+    def __init__(self, adapter: Adapter, view: View):
         self.adapter = adapter
-        self.view = view
-        self.layers = layers
+        self.parts = view
+        self.view = view.module
+        self.layers = view.layers
+        self.tensors = view.tensors
         self.repeats: dict[int, int] = {}  # thread -> rows for each prompt while it generates
-        for layer in layers:
+        for layer in self.layers:
             layer.__dict__["_repeats"] = self.repeats
 
     def attach(self, model: nn.Module) -> None:
         """Replaces the view's own methods by these."""
         for module in self.view.modules():
             module.__dict__["_load_from_state_dict"] = leave_alone
-        self.watch = self.adapter._reach.watch(model, self.view, self.layers)
         self.drift = self.adapter._drift
         self.view.register_forward_pre_hook(self.starting)
         self.view.register_forward_hook(self.forwarded)
+        if self.tensors:
+            self.view.register_forward_hook(self.ended, always_call=True)
         own: dict[str, Callable[..., Any]] = {
             "state_dict": self.state_dict,
             "_load_from_state_dict": self.load,
@@ -104,19 +109,25 @@ class Face:
         self.view.__dict__.update(own)
         transformers.allow_training(self.view)
         transformers.own_configs(self.view)
+        self.watch = self.adapter._reach.watch(model, self.parts, kept=True)
+
+    @property
+    def holders(self) -> list[Holder]:
+        """The modules that hold the leaves."""
+        return [*self.layers, *self.tensors]
 
     def leaves(self) -> dict[str, Tensor]:
         """The flat dict, as the layers hold it now."""
         held = {}
-        for layer in self.layers:
-            tables = {**layer._parameters, **layer._buffers}
-            for name, (key, _) in layer._site.leaves.items():
-                held[key] = tables[f"lora_{name}"]
+        for holder in self.holders:
+            leaves = holder.leaves()
+            for name, (key, _) in holder._site.leaves.items():
+                held[key] = leaves[name]
         return {key: held[key] for key in self.adapter.shapes}
 
     def examples(self) -> int | None:
         """The length of the example axis; None if no leaf has one."""
-        plain = [layer.plain() for layer in self.layers]
+        plain = [holder.plain() for holder in self.holders]
         return next((len(p.params[name]) for p in plain for name in p.own), None)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -146,15 +157,26 @@ class Face:
         return own.__get__(self.view, kind)(expand_size, *args, **kwargs)
 
     def starting(self, *_: Any) -> None:
-        """Before a forward. Only in training: threads that serve one view share what it notes."""
-        if self.view.training and not torch.compiler.is_compiling():
-            self.watch.begin()
+        """Before a forward."""
+        if not torch.compiler.is_compiling():
+            self.watch.begin(self.view.training)
+        for tensor in self.tensors:
+            tensor.begin()
+
+    def ended(self, *_: Any) -> None:
+        """After a forward, whether or not it raised."""
+        for tensor in self.tensors:
+            tensor.end()
+
+    def weights(self) -> dict[str, tuple[Tensor | None, Weight]]:
+        """Path of a target -> the base's tensor, and its `Weight`."""
+        return {holder._site.path: (holder.stored, holder._weight) for holder in self.holders}
 
     def forwarded(self, *_: Any) -> None:
         """After a forward: looks for layers that did not run."""
         if not torch.compiler.is_compiling():
             self.watch.check()
-            self.drift.check(self.view, self.layers, self.adapter.base)
+            self.drift.check(self.view, self.weights(), self.adapter.base)
 
     def state_dict(
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
@@ -207,8 +229,8 @@ class Face:
         """`to`, `half` and the like: constants move with the leaves, and keep their dtype."""
         type(self.view)._apply(self.view, fn, *args, **kwargs)
         self.adapter = self.adapter.placed(lambda t: t.to(fn(t).device))
-        for layer in self.layers:
-            layer.__dict__["_site"] = self.adapter.site(layer._site.path)
+        for holder in self.holders:
+            holder.__dict__["_site"] = self.adapter.site(holder._site.path)
         return self.view
 
     def deepcopy(self, memo: dict[int, Any]) -> nn.Module:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .engine.adapter import Adapter, check_order
+from .engine.holder import entries_of
+from .engine.tensor import dense
 from .errors import LoraFuncError, listing
 from .libraries.functorch import in_transform
 from .libraries.torch_hooks import computes_weight
-from .precision import at_least_float32
+from .precision import at_least_float32, autocast_off
 from .variant import Weight
 
 
@@ -34,7 +37,8 @@ def merge(
 
     Returns:
         `"<path>.weight" -> W_eff` in the layout of the layer, and `"<path>.bias" -> b_eff` if it
-        changed, for `model.load_state_dict(merged, strict=False)` or
+        changed; `"<path>" -> W_eff` of a parameter. It is for
+        `model.load_state_dict(merged, strict=False)` or
         `torch.func.functional_call(model, merged, ...)`. Differentiable in `params`. The merged
         weight of a packed layer is dense, made from the dequantized one: it is for a float model.
 
@@ -55,7 +59,13 @@ def merge(
         for parameter in module.parameters(recurse=False):
             users[id(parameter)].add(path)
     merged = {}
-    for path, stored in adapter.weights(model).items():
+    weights: dict[str, Any] = adapter.weights(model)
+    for path, stored in weights.items():
+        if (tensor := adapter.base[path].tensor) is not None:
+            site = adapter.site(path)
+            entries = entries_of(site, {n: params[key] for n, (key, _) in site.leaves.items()})
+            merged[tensor] = dense(site, stored, entries, dtype).clone()
+            continue
         layer = stored.layer
         if computes_weight(layer):
             raise LoraFuncError(
@@ -72,7 +82,8 @@ def merge(
         bias = None if stored.bias is None else at_least_float32(stored.bias.detach())
         matrix = stored.dense().detach()
         weight = Weight(at_least_float32(matrix), bias)
-        W, b = adapter.variants[path].merged(weight, adapter.params_of(path, params))
+        with autocast_off(matrix.device):
+            W, b = adapter.variants[path].merged(weight, adapter.params_of(path, params))
         merged[f"{path}.weight"] = stored.as_stored(W).to(dtype or matrix.dtype, copy=True)
         if b is not None and b is not bias:
             merged[f"{path}.bias"] = b.to(dtype or matrix.dtype, copy=True)

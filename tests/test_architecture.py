@@ -30,9 +30,10 @@ ROOMS = {
     "files": {"engine", "libraries", "variant", "variants", "version", "weights"},
     "population": set(),
     "grad": {"libraries"},
-    "binding": {"engine", "files", "libraries"},
+    "binding": {"engine", "files", "libraries", "variant"},
     "merging": {"engine", "libraries", "precision", "variant"},
     "probing": {"engine", "weights"},
+    "reaching": {"engine", "libraries", "weights"},
     "testing": {"engine", "files", "variant"},
     "demo": {"lora_func", "probing"},
 }

@@ -70,7 +70,9 @@ def test_a_weight_that_is_also_an_embedding():
 def test_a_layer_that_its_parent_never_calls():
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     assert found(model) == ["linear1", "linear2"]
-    message = "'self_attn.out_proj' cannot be adapted: MultiheadAttention uses its weight"
+    message = (
+        "'self_attn.out_proj' cannot be adapted as a layer: MultiheadAttention uses its weight"
+    )
     with pytest.raises(lf.LoraFuncError, match=message):
         found(model, names=("out_proj",))
     with pytest.raises(lf.LoraFuncError, match="; the parents of 'out_proj' never call it"):
@@ -132,16 +134,15 @@ def test_a_layer_that_cannot_be_read_is_refused_by_its_class():
     assert adapter.targets == ("0",)
 
 
-def test_fused_experts_are_refused_by_name():
+def test_fused_experts_are_parameters_and_no_layers():
     model = ARCHITECTURES["mixtral"][0]()
-    text = r"experts\.\w+' fuses 4 matrices in one tensor of shape \(4, 96, 32\)"
+    text = r"fuses 4 matrices in one tensor of shape \(4, 96, 32\): name it as a parameter, Targets"
     with pytest.raises(lf.LoraFuncError, match=text):
         lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(names=(r"experts",)))
-    with pytest.raises(lf.LoraFuncError, match=text):
-        lf.adapt(model, {r"experts": lf.LoRA(r=2)})
-    convolutions = lf.Targets(names=("conv1d",))  # their weights are 3-D, and fuse nothing
-    with pytest.raises(lf.LoraFuncError, match=r"other fields admit\. Its linear"):
-        lf.adapt(ARCHITECTURES["mamba"][0](), lf.LoRA(r=2), targets=convolutions)
+    by_rule, _ = lf.adapt(model, {r"experts": lf.LoRA(r=2)})
+    by_name, _ = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(parameters=(r"experts",)))
+    assert by_rule.targets == by_name.targets
+    assert short(by_rule.targets) == {"gate_up_proj", "down_proj"}
 
 
 def test_a_float_weight_that_is_no_matrix():

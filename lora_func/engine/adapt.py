@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from ..errors import LoraFuncError, listing, near_misses
 from ..libraries import accelerate
 from ..variant import ELSEWHERE, Variant
+from ..weights.parameter import ParameterWeight
 from . import experts
 from .adapter import Adapter
 from .collect import collect
 from .keys import by_path
 from .leaves import check_stats, draw, kinds
 from .refused import check_base
+from .rules import assign
 from .sites import Base, Found
-from .targets import Targets, assign
+from .targets import Targets
 
 ARGUMENTS = ("targets", "generator", "calibration", "stats", "dtype")
 
@@ -74,7 +76,7 @@ def adapt(
             f"dtype must be a floating torch dtype such as torch.float32, not {dtype!r}"
         )
     found = assign(rules, targets, model)
-    if isinstance(rules, Variant) and not targets.names:
+    if isinstance(rules, Variant) and not (targets.names or targets.parameters):
         experts.warn_of_reach(model, found)
     accelerate.check_offload(model, [site.path for site in found])
     if calibration is not None:
@@ -140,7 +142,9 @@ def calibrate(
 
     Raises LoraFuncError if none has.
     """
-    wanted = {site.path: site.variant.statistic for site in found}
+    # What a parameter sees, no layer tells.
+    layers = [site for site in found if not isinstance(site.weight, ParameterWeight)]
+    wanted = {site.path: site.variant.statistic for site in layers}
     wanted = {path: statistic for path, statistic in wanted.items() if statistic is not None}
     if not wanted:
         raise LoraFuncError(

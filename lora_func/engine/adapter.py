@@ -15,17 +15,21 @@ from ..errors import LoraFuncError, listing, near_misses
 from ..libraries import accelerate
 from ..libraries.dynamo import Traceable
 from ..variant import Variant
+from ..weights.experts import virtual_experts
 from ..weights.layer import LayerWeight
+from ..weights.parameter import ParameterWeight
 from ..weights.table import read
 from .batch import call_arguments
+from .holder import entries_of
 from .keys import SHARED, by_path, key_mismatch
 from .layer import AdaptedLayer, check_bare
 from .leaves import blank, check_stats, draw
-from .messages import explained, missing_modules
-from .reach import Reach
+from .messages import explained, missing_modules, missing_parameter
+from .reach import Reach, View
 from .refused import check_base
 from .sites import Base, Found, Site
 from .survey import survey
+from .tensor import AdaptedTensor, experts_apart, shown
 from .untouched import Drift, check_written
 from .view import make_view
 
@@ -67,8 +71,9 @@ class Adapter:
             own = {**nested.get(SHARED, {}), **nested.get(path, {})}
             return {name: value for name, (_, value) in own.items()}
 
+        shared = frozenset({**leaves.get(SHARED, {}), **constants.get(SHARED, {})})
         sites = tuple(
-            Site(path, variant, base[path].transposed, names(leaves, path), names(constants, path))
+            Site(path, variant, base[path], names(leaves, path), names(constants, path), shared)
             for path, variant in variants.items()
         )
         vars(self).update(
@@ -130,13 +135,13 @@ class Adapter:
         args, kwargs = call_arguments(batch)
         check_model(model)
         self.check(params)
-        view, layers, versions = self.view(model, params, call=True)
+        view = self.view(model, params, call=True)
         traced = torch.compiler.is_compiling()
         if not traced:
-            self._drift.check(model, layers, self.base)
-        watch = self._reach.watch(model, view, layers) if watched else None
+            self._drift.check(model, view.weights(), self.base)
+        watch = self._reach.watch(model, view, kept=False) if watched else None
         try:
-            out = view(*args, **kwargs)
+            out = view.module(*args, **kwargs)
         except RuntimeError as error:
             if reason := explained(error, model):
                 raise LoraFuncError(reason) from error
@@ -144,7 +149,7 @@ class Adapter:
         if watch is not None:
             watch.check()
         if not traced:
-            check_written(model, versions)
+            check_written(model, view.versions)
         return out
 
     @torch.inference_mode(False)
@@ -289,20 +294,25 @@ class Adapter:
                     f"params[{first!r}] {n}"
                 )
 
-    def weights(self, model: nn.Module) -> dict[str, LayerWeight]:
-        """path -> the layer's `Weight`.
+    def weights(self, model: nn.Module) -> dict[str, LayerWeight | ParameterWeight]:
+        """path -> the `Weight` of a target.
 
         Raises LoraFuncError if a target is missing, has another shape or carries an adapter.
         """
         modules = dict(model.named_modules(remove_duplicate=False))
-        if missing := [path for path in self.variants if path not in modules]:
+        layers = [path for path, base in self.base.items() if base.tensor is None]
+        if missing := [path for path in layers if path not in modules]:
             raise LoraFuncError(missing_modules(model, missing))
-        for path in self.variants:
+        for path in layers:
             check_bare(modules[path], path)
         check_base(model)
         accelerate.check_offload(model, self.variants)
-        weights = {path: read(path, modules[path]) for path in self.variants}
+        weights: dict[str, Any] = {}
         for path, base in self.base.items():
+            if base.tensor is not None:
+                weights[path] = parameter_of(model, path, base)
+                continue
+            weights[path] = read(path, modules[path])
             if weights[path].shape != base.shape:
                 raise LoraFuncError(
                     f"{path!r} is {weights[path].shape} in this {type(model).__name__}, but was "
@@ -328,12 +338,9 @@ class Adapter:
         """Takes the weights of `model`, as they are now, for those that the adapter was made on."""
         self._drift.note(model, self.base)
 
-    def view(
-        self, model: nn.Module, params: Mapping[str, Tensor], *, call: bool
-    ) -> tuple[nn.Module, list[AdaptedLayer], list[tuple[Tensor, int]]]:
+    def view(self, model: nn.Module, params: Mapping[str, Tensor], *, call: bool) -> View:
         """The view of `model` in which every target carries its part of `params`.
 
-        Also returns those layers, and the tensors that view and model share, with their versions.
         `call`: for one call. Otherwise the view is kept, and all modules are copied.
         """
         adapted: list[AdaptedLayer] = []
@@ -345,13 +352,27 @@ class Adapter:
 
             return replace
 
-        replace = {site.path: replacing(site) for site in self._sites}
-        view, missing, versions = make_view(model, replace, self._traceable, keep=not call)
+        replace = {s.path: replacing(s) for s in self._sites if s.base.tensor is None}
+        tensors, parameters, held = {}, {}, []
+        for site in self._sites if len(replace) < len(self._sites) else ():
+            if site.path in replace:
+                continue
+            weight = parameters[site.path] = parameter_of(model, site.path, site.base)
+            if torch.compiler.is_compiling():
+                leaves = {name: params[key] for name, (key, _) in site.leaves.items()}
+                tensors[id(weight.stored)] = shown(site, weight, entries_of(site, leaves))
+            else:
+                held.append(AdaptedTensor(weight, site, params, not call))
+                tensors[id(weight.stored)] = held[-1]
+        kept = not call
+        view, missing, versions = make_view(model, replace, self._traceable, kept, tensors)
         if missing:
             raise LoraFuncError(missing_modules(model, missing))
         for layer in adapted:
             layer.settle(call)
-        return view, adapted, versions
+        for path, n in experts_apart(held).items():
+            virtual_experts(view.get_submodule(path), n, path)
+        return View(view, adapted, held, parameters, versions)
 
     def __repr__(self) -> str:
         counts = Counter(self.variants.values())
@@ -362,6 +383,33 @@ class Adapter:
     def __reduce__(self) -> tuple[Any, ...]:
         parts = self.variants, self.shapes, self.frozen, self.base
         return Adapter, (*map(dict, parts), self.dtype)
+
+
+def parameter_of(model: nn.Module, path: str, base: Base) -> ParameterWeight:
+    """The parameter of `model` that is the target at `path`.
+
+    Raises LoraFuncError if it is missing, has another layout, or cannot be adapted.
+    """
+    parts = str(base.tensor).split(".")
+    module: Any = model
+    for part in parts[:-1]:
+        module = None if module is None else module._modules.get(part)
+    if module is None or module._parameters.get(parts[-1]) is None:
+        raise LoraFuncError(missing_parameter(model, str(base.tensor)))
+    weight = ParameterWeight(module, parts[-1], str(base.tensor))
+    layout = weight.layout
+    if layout.shape != base.shape or layout.transposed != base.transposed:
+        turned = {True: ", held transposed", False: ""}
+        raise LoraFuncError(
+            f"the parameter {path!r} is {layout.shape}{turned[layout.transposed]} in this "
+            f"{type(model).__name__}, but was {base.shape}{turned[base.transposed]} in the model "
+            "that the adapter was made for"
+        )
+    # A trace cannot ask for all of it, and a model that is compiled was called before.
+    problem = None if torch.compiler.is_compiling() else weight.problem()
+    if problem is not None:
+        raise LoraFuncError(f"the parameter {path!r} {problem}")
+    return weight
 
 
 def check_model(model: Any) -> None:

@@ -27,8 +27,8 @@ def named(pattern: str, model: nn.Module) -> str:
         if re.search(pattern, path):
             return (
                 f" {path!r} fuses {stack.shape[0]} matrices in one tensor of shape "
-                f"{tuple(stack.shape)}, which no linear layer applies, so there is nothing to "
-                "adapt; adapt the attention around it"
+                f"{tuple(stack.shape)}: name it as a parameter, "
+                f"Targets(parameters=({pattern!r},))"
             )
     return ""
 
@@ -43,7 +43,7 @@ def warn_of_reach(model: nn.Module, found: Sequence[Found]) -> None:
         warnings.warn(
             f"the {len(found)} adapted layers hold {reached:.1%} of the parameters of this "
             f"{type(model).__name__}; {share:.1%} lie in fused experts such as "
-            f"{next(iter(fused))!r}, which no linear layer applies. If you mean the layers "
-            "outside of them, name them: targets=lf.Targets(names=..)",
+            f"{next(iter(fused))!r}, which no linear layer applies. Name them as parameters, "
+            "targets=lf.Targets(parameters=..), or name the layers that you mean, names=..",
             stacklevel=4,
         )

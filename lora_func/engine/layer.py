@@ -15,45 +15,35 @@ from ..precision import autocast_on
 from ..variant import Variant
 from ..weights.table import weight_of
 from .examples import Entries, each, prepare
+from .holder import Holder, are_current, marks
 from .sites import Site
 from .view import StandIn
 
 
-class AdaptedLayer(StandIn):
+class AdaptedLayer(StandIn, Holder):
     """Replaces an adapted layer in a view.
 
-    It computes `variant.apply(x, layer(variant.transform_input(x)))`. The trainable leaves are
-    attributes `lora_<name>`: the keys of the flat dict are paths in the view, and
-    `torch.func.functional_call(view, params, ...)` works too. In a bound view they are parameters,
-    the very tensors of the flat dict; in a call they are buffers, so that a model which asks for
-    the dtype of its first parameter gets the same answer as without adapter.
+    It computes `variant.apply(x, layer(variant.transform_input(x)))`.
+    `torch.func.functional_call(view, params, ...)` works too.
     """
 
     def __init__(self, layer: nn.Module, site: Site, params: Mapping[str, Tensor], keep: bool):
         check_bare(layer, site.path)
         super().__init__(layer)
-        for name, (key, _) in site.leaves.items():
-            leaf = params[key]
-            # What is computed from other tensors is no parameter of a module.
-            table = self._parameters if keep and is_parameter(leaf) else self._buffers
-            table[f"lora_{name}"] = leaf  # pyright: ignore  (a leaf tensor may be one)
-        self.__dict__["_site"] = site  # underscored: other attributes are those of the layer
+        self.hold(site, params, keep)
         self.__dict__["_ran"] = self.__dict__["_read"] = False
         self.__dict__["_repeats"] = {}  # rows for each example that are admitted (see binding)
 
     def settle(self, call: bool) -> None:
         """Reads the layer, once the view is complete. `call`: the view is for one call only."""
-        trains = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in self.leaves())
+        trains = torch.is_grad_enabled() and any(
+            leaf.requires_grad for leaf in self.leaves().values()
+        )
         layer: Any = self._modules["layer"]
         self.__dict__["training"] = layer.training
-        self.__dict__["_weight"] = weight_of(layer, self._site.transposed)
+        self.__dict__["_weight"] = weight_of(layer, self._site.base.transposed)
         self.__dict__["_expects_grad"] = call and trains
         self.__dict__["_kept"] = Kept(self.prepared_ahead(), None) if call else None
-
-    def leaves(self) -> list[Tensor]:
-        """The trainable leaves."""
-        both = (*self._parameters.values(), *self._buffers.values())
-        return [leaf for leaf in both if leaf is not None]
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and not torch.compiler.is_compiling():
@@ -79,6 +69,11 @@ class AdaptedLayer(StandIn):
         if base_out.dtype != x.dtype:
             p = self.entries(torch.promote_types(x.dtype, base_out.dtype))
         return each(lambda x, y, p: variant.apply(x, y, weight, p), (x, base_out), p)
+
+    @property
+    def stored(self) -> Tensor | None:
+        """The layer's own weight; None if it computes it."""
+        return self._modules["layer"]._parameters.get("weight")  # pyright: ignore  (it has one)
 
     def admit(self, x: Tensor, p: Entries) -> Tensor:
         """`x` on the device of the parameters.
@@ -115,7 +110,7 @@ class AdaptedLayer(StandIn):
         kept, traced = self._kept, in_transform() or torch.compiler.is_compiling()
         if kept is not None and kept.sources is None and kept.entries.serves(dtype):
             return kept.entries
-        trained = any(leaf.requires_grad for leaf in self.leaves())
+        trained = any(leaf.requires_grad for leaf in self.leaves().values())
         keeps = not (traced or (trained and (self.training or torch.is_grad_enabled())))
         if keeps and kept is not None and kept.entries.serves(dtype) and kept.is_current(self):
             return kept.entries
@@ -131,13 +126,6 @@ class AdaptedLayer(StandIn):
             self.__dict__["_kept"] = Kept(entries, self.sources()) if keeps else None
         return entries
 
-    def plain(self) -> Entries:
-        """The parameters as they are now."""
-        held: dict[str, Any] = {**self._parameters, **self._buffers}
-        leaves = {n: held[f"lora_{n}"] for n in self._site.leaves}
-        own = [n for n, (_, axes) in self._site.leaves.items() if leaves[n].dim() > axes]
-        return Entries({**leaves, **self._site.frozen}, tuple(own), None)
-
     def prepared_ahead(self) -> Entries:
         """The parameters, prepared before any input, for the dtype that it most likely has.
 
@@ -152,14 +140,10 @@ class AdaptedLayer(StandIn):
         return prepare(variant, weight, plain, dtype)
 
     def sources(self) -> tuple[tuple[Any, ...], ...]:
-        """Each tensor that the parameters may be prepared from, as (tensor, version, ..)."""
+        """The state of each tensor that the parameters may be prepared from."""
         own = self._weight.layer._parameters
         reads = own.values() if self._site.variant.card.reads == "rows" else [own.get("bias")]
-        tensors = [t for t in (*self.leaves(), *reads) if t is not None]
-        return tuple((t, version(t), t.data_ptr(), t.device, t.dtype) for t in tensors)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return marks([t for t in (*self.leaves().values(), *reads) if t is not None])
 
 
 def misplaced(path: str, shape: tuple[int, ...], n: int) -> str:
@@ -196,22 +180,7 @@ class Kept(NamedTuple):
 
     def is_current(self, layer: AdaptedLayer) -> bool:
         """Whether nothing that they were prepared from has changed."""
-        if self.sources is None:
-            return True
-        now = layer.sources()
-        return len(now) == len(self.sources) and all(
-            new[0] is old[0] and new[1:] == old[1:] for new, old in zip(now, self.sources)
-        )
-
-
-def is_parameter(leaf: Tensor) -> bool:
-    """Whether a leaf can be a parameter of a module."""
-    return not in_transform() and leaf.is_leaf
-
-
-def version(t: Tensor) -> object:
-    """A value that differs after every change of `t` in place."""
-    return object() if t.is_inference() else t._version  # inference tensors are not counted
+        return self.sources is None or are_current(self.sources, layer.sources())
 
 
 def overrides(variant: Variant, method: str) -> bool:

@@ -12,7 +12,9 @@ from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIss
 from ..errors import LoraFuncError, listing, near_misses
 from ..precision import autocast_off
 from ..variant import Params, Variant, Weight
+from ..weights.parameter import ParameterWeight
 from ..weights.table import Snapshot
+from . import stack
 from .collect import Collected, all_finite
 from .keys import SHARED, by_path, flat_key
 from .sites import Base, Found
@@ -58,7 +60,8 @@ def draw(
         snapshot = Snapshot(site.weight)
         try:
             with autocast_off(site.weight.device):  # it would round decompositions
-                drawn = site.variant.init(snapshot, generator, (stats or {}).get(site.path))
+                own = (stats or {}).get(site.path)
+                drawn = stack.init(site.variant, snapshot, generator, own)
             seen(site, snapshot)
         except (LoraFuncError, LinAlgError) as error:
             raise LoraFuncError(f"{site.path!r}: {error}") from error
@@ -84,7 +87,8 @@ def blank(
         add_shared(leaves, variants, weights, None)
         for path, variant in variants.items():
             known = {name: leaf for name, (_, leaf) in own.get(path, {}).items()}
-            leaves.add(path, variant.like(weights[path], known), torch.device("meta"))
+            own_leaves = stack.like(variant, weights[path], known)
+            leaves.add(path, own_leaves, torch.device("meta"))
     return leaves
 
 
@@ -97,7 +101,7 @@ def add_shared(
     """Adds the tensors that all layers of a variant share."""
     owner: dict[str, Variant] = {}
     for variant in dict.fromkeys(variants.values()):
-        group = [weights[path] for path, own in variants.items() if own == variant]
+        group = [stack.first(weights[path]) for path, own in variants.items() if own == variant]
         shared = variant.init_shared(group, generator)
         for name in shared.trainable | shared.frozen:
             if name in owner:
@@ -123,7 +127,11 @@ def check_stats(found: Sequence[Found], stats: Mapping[str, Any] | None) -> None
         raise LoraFuncError(
             f"stats must be a mapping path -> what collect found, not {type(stats).__name__}"
         )
-    looking = [site for site in found if looks_at_data(site.variant)]
+    looking = [
+        site
+        for site in found
+        if looks_at_data(site.variant) and not isinstance(site.weight, ParameterWeight)
+    ]
     if not looking:
         raise LoraFuncError(f"stats= was given, but {kinds(found)} looks at no data: leave it out")
     if missing := [site.path for site in looking if site.path not in stats]:

@@ -33,3 +33,9 @@ def missing_modules(model: nn.Module, missing: Sequence[str]) -> str:
     paths = [path for path, _ in model.named_modules()]
     hint = near_misses(missing[0], paths)
     return f"{type(model).__name__} has no layer {listing(missing)}.{hint}"
+
+
+def missing_parameter(model: nn.Module, path: str) -> str:
+    """The message for a model without one of the parameters."""
+    hint = near_misses(path, [name for name, _ in model.named_parameters()])
+    return f"{type(model).__name__} has no parameter {path!r}.{hint}"

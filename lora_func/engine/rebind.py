@@ -51,7 +51,16 @@ class Rebinding:
         if kind in PLAIN:
             return value
         if issubclass(kind, (nn.Module, Tensor)):  # not isinstance, which would ask a proxy object
-            return self.new.get(id(value), value)
+            found = self.new.get(id(value), value)
+            if isinstance(found, nn.Module) and issubclass(kind, Tensor):
+                if found._kept is not None:  # in a call
+                    return found.tensor()  # pyright: ignore  (it is an AdaptedTensor)
+                raise LoraFuncError(
+                    "an attribute of a module refers to a parameter that is adapted, which a bound "
+                    "view cannot follow. Call the adapter instead: adapted_forward(model, params, "
+                    "batch)"
+                )
+            return found
         if self.done is None:
             return self.replaced(value, kind, fills, depth)
         if id(value) in self.done:

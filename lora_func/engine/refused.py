@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import LoraFuncError
 from ..libraries import fsdp, peft
-from .layer import AdaptedLayer
+from .holder import Holder
 
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
@@ -31,7 +31,7 @@ def check_base(model: nn.Module) -> None:
 
 def problem(module: nn.Module) -> str | None:
     """Why a model with this module in it cannot be a base, after the name of its class."""
-    if isinstance(module, AdaptedLayer):
+    if isinstance(module, Holder):
         return (
             ": the model is a bound view, which carries an adapter already. Adapt the base model "
             "with several variants at once (a mapping pattern -> Variant), or merge the first "

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..variant import Variant, Weight
 from ..weights.layer import LayerWeight, TransposedWeight
+from ..weights.parameter import ParameterWeight
 from ..weights.table import fingerprint
 
 
@@ -16,27 +17,33 @@ class Found(NamedTuple):
 
     path: str
     variant: Variant
-    weight: LayerWeight
+    weight: LayerWeight | ParameterWeight
 
 
 class Base(NamedTuple):
-    """What an adapter remembers of the weight of a layer that it was made for."""
+    """What an adapter remembers of a weight that it was made for."""
 
-    shape: tuple[int, int]  # (d_out, d_in)
+    shape: tuple[int, ...]  # (d_out, d_in) of a layer; of a parameter, see weights.parameter.Layout
     fingerprint: str | None  # see weights.table.fingerprint
-    transposed: bool = False  # whether a layer of an unknown class holds `[in, out]`
+    transposed: bool = False  # whether a parameter, or a layer of an unknown class, is `[in, out]`
+    tensor: str | None = None  # the path of a parameter; None for a layer that is called
 
     @classmethod
-    def of(cls, weight: LayerWeight, snapshot: Weight) -> Base:
-        """Of a layer's weight, whose entries are read from `snapshot`."""
-        return cls(weight.shape, fingerprint(snapshot), type(weight) is TransposedWeight)
+    def of(cls, weight: LayerWeight | ParameterWeight, snapshot: Weight) -> Base:
+        """Of a weight whose entries are read from `snapshot`."""
+        if isinstance(weight, ParameterWeight):
+            transposed, tensor = weight.layout.transposed, weight.path
+        else:
+            transposed, tensor = type(weight) is TransposedWeight, None
+        return cls(tuple(weight.shape), fingerprint(snapshot), transposed, tensor)
 
 
 class Site(NamedTuple):
-    """An adapted layer as a call needs to know it."""
+    """A target as a call needs to know it."""
 
     path: str
     variant: Variant
-    transposed: bool  # as in `Base`
+    base: Base
     leaves: dict[str, tuple[str, int]]  # trainable: short name -> flat key, number of axes
     frozen: dict[str, Tensor]  # short name -> constant
+    shared: frozenset[str]  # short names of what all targets of the variant share

@@ -1,4 +1,4 @@
-"""Which layers of a model are adapted: a structural search, narrowed by names and more."""
+"""What of a model is adapted: a structural search for layers, narrowed by names; and parameters."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import nn
 
 from ..errors import LoraFuncError, listing, near_misses
 from ..libraries import torch_hooks, transformers
-from ..variant import Variant
-from ..weights.table import features, kind_of, read
+from ..weights.parameter import ParameterWeight
+from ..weights.table import features, kind_of
 from . import experts
-from .sites import Found
+from .parameters import holders, no_parameter, rows_or_kernel
 
 ROLES = ("reader", "writer", "inner")
 OUTER = re.compile(r"lm_head|embed_tokens")
@@ -29,18 +29,26 @@ counts only outside of a model's stacks of blocks, since layers within have such
 
 @dataclass(frozen=True)
 class Targets:
-    """Picks the linear layers of a model by path.
+    """Picks the linear layers of a model by path, and any other parameters by name.
 
     Linear is a layer with `in_features`, `out_features` and a `weight` (so quantized layers
     qualify), and transformers' `Conv1D`. If nothing is named, the default is every linear layer
     that reads from or writes to the residual stream, without embeddings and heads. What is named,
-    here or by a pattern of the rules, is adapted whatever its width, also if it is a head.
+    here or by a pattern of the rules, is adapted whatever its width, also if it is a head, an
+    embedding or a convolution.
+
+    Whatever is no layer is a parameter: fused experts, weights that a parent reads, norms, biases.
     """
 
     names: tuple[str, ...] = ()
-    """Regexes, searched in the path. A layer must match one; () means all."""
+    """Regexes, searched in the path. A layer must match one; () means all, or none if `parameters`
+    are named and the rules are one variant. Embeddings and convolutions are adapted if the last
+    part of their path is named."""
+    parameters: tuple[str, ...] = ()
+    """Regexes, searched in the paths of parameters, as in "experts.*(gate_up|down)_proj$". () means
+    those that a pattern of the rules matches, if it matches no layer."""
     exclude: tuple[str, ...] = ()
-    """Regexes, searched in the path. A layer must match none of them."""
+    """Regexes, searched in the path. A layer or a parameter must match none of them."""
     roles: tuple[str, ...] | None = None
     """"reader": d_in = d_model; "writer": d_out = d_model; "inner": neither; () means all. None
     means reader and writer, and all if something is named. d_model is `hidden_size` of the model's
@@ -49,12 +57,12 @@ class Targets:
     """Indices in the model's outermost stack of blocks, as 3 in model.layers.3.mlp. None: all."""
 
     def __post_init__(self) -> None:
-        for name in ("names", "exclude", "roles"):
+        for name in ("names", "parameters", "exclude", "roles"):
             value = getattr(self, name)
             if value is not None:
                 value = (value,) if isinstance(value, str) else tuple(value)
                 object.__setattr__(self, name, value)
-        for pattern in self.names + self.exclude:
+        for pattern in self.names + self.parameters + self.exclude:
             check_pattern(pattern)
         if unknown := [role for role in self.roles or () if role not in ROLES]:
             raise LoraFuncError(
@@ -81,10 +89,13 @@ class Targets:
         """
         linear = {path: module for path, module in model.named_modules() if kind_of(module)}
         self.check_exclusions(model)
-        blocks = block_indices(model, linear)
-        self.check_layers(model, blocks)
-        uncalled = torch_hooks.uncalled_layers(model)
         asked = [*self.names, *patterns]
+        others = rows_or_kernel(model, asked)
+        blocks = block_indices(model, {**linear, **others})
+        self.check_layers(model, blocks)
+        if self.parameters and not asked:
+            return {}
+        uncalled = torch_hooks.uncalled_layers(model)
         outer = outer_layers(model, linear, blocks)
         held_back = outer - named_outright(asked, outer, linear)
         roles = self.roles
@@ -92,20 +103,26 @@ class Targets:
             roles = () if asked else ("reader", "writer")
         width = d_model(model, linear)
         found, narrow = {}, []
-        for path, layer in linear.items():
-            if (self.names and not matches(self.names, path)) or matches(self.exclude, path):
+        for path, layer in model.named_modules():
+            if path not in linear and path not in others:
                 continue
-            if self.layers is not None and blocks.get(path) not in self.layers:
+            if self.names and not matches(self.names, path):
+                continue
+            if not self.admits(path, blocks):
                 continue
             named = matches(asked, path)
+            if not matches(self.names, path) and matches(self.parameters, f"{path}.weight"):
+                continue  # a pattern of the rules that names a layer matches its parameters too
             if path in uncalled and named:
+                parameter = path.rpartition(".")[2] + r"\.weight$"
                 raise LoraFuncError(
-                    f"{path!r} cannot be adapted: {uncalled[path]} uses its weight without calling "
-                    "the layer. Leave it out, as in Targets(exclude=...)"
+                    f"{path!r} cannot be adapted as a layer: {uncalled[path]} uses its weight "
+                    "without calling the layer. Name the parameter, as in "
+                    f"Targets(parameters=({parameter!r},)), or leave it out"
                 )
             if path in held_back or path in uncalled:
                 continue
-            if roles and roles_of(layer, width).isdisjoint(roles):
+            if path in linear and roles and roles_of(layer, width).isdisjoint(roles):
                 narrow += [path] if named else []
                 continue
             found[path] = layer
@@ -119,13 +136,14 @@ class Targets:
             if not any(re.search(name, path) for path in found):
                 why = (
                     experts.named(name, model)
+                    or self.as_parameters(name, model)
                     or second_path(name, model)
                     or self.hint(name, linear)
                 )
                 raise LoraFuncError(
                     f"{self!r}: {name!r} matches no layer that the other fields admit.{why}"
                 )
-        if not found and not patterns:
+        if not found and not patterns and not self.parameters:
             raise LoraFuncError(
                 f"{self!r} matches no layer of {type(model).__name__}"
                 + (f"; the parents of {listing(uncalled)} never call it" if uncalled else "")
@@ -133,9 +151,46 @@ class Targets:
             )
         return found
 
+    def find_parameters(
+        self, model: nn.Module, patterns: Collection[str] = ()
+    ) -> dict[str, ParameterWeight]:
+        """path -> what the parameter holds, in the order of `model.named_parameters()`.
+
+        `patterns`: those of the rules that name parameters.
+
+        Raises:
+            LoraFuncError: a pattern matches no parameter; a parameter that cannot be adapted.
+        """
+        known = holders(model)
+        blocks = block_indices(model, known)
+        asked = self.parameters or patterns
+        found = {
+            path: ParameterWeight(*known[path], path)
+            for path in known
+            if matches(asked, path) and self.admits(path, blocks)
+        }
+        for pattern in asked:
+            if not any(re.search(pattern, path) for path in found):
+                left_out = [path for path in known if re.search(pattern, path)]
+                why = f" {self!r} leaves out {listing(left_out)}" if left_out else None
+                raise LoraFuncError(
+                    f"parameters={pattern!r} matches no parameter that is to be adapted."
+                    f"{why or no_parameter(pattern, model, list(known))}"
+                )
+        for path, weight in found.items():
+            if problem := weight.problem():
+                raise LoraFuncError(f"the parameter {path!r} {problem}")
+        return found
+
+    def admits(self, path: str, blocks: Mapping[str, int]) -> bool:
+        """Whether `exclude` and `layers` let a path pass."""
+        inside = self.layers is None or blocks.get(path) in self.layers
+        return inside and not matches(self.exclude, path)
+
     def check_exclusions(self, model: nn.Module) -> None:
-        """Raises LoraFuncError for a pattern of `exclude` that matches no module."""
+        """Raises LoraFuncError for a pattern of `exclude` that matches no module or parameter."""
         paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+        paths += holders(model)
         for pattern in self.exclude:
             if not any(re.search(pattern, path) for path in paths):
                 parts = [part for path in paths for part in (path.rsplit(".", 1)[-1], path)]
@@ -154,6 +209,13 @@ class Targets:
                 f"{listing(unknown)}; {has}"
             )
 
+    def as_parameters(self, name: str, model: nn.Module) -> str:
+        """For an error: parameters that a pattern for layers matches."""
+        found = [path for path in holders(model) if re.search(name, path)]
+        if not found:
+            return ""
+        return f" It matches the parameters {listing(found)}: Targets(parameters=({name!r},))"
+
     def hint(self, name: str, linear: Mapping[str, nn.Module]) -> str:
         """What the model has instead, for an error: near misses of `name`, and linear layers."""
         if not linear:
@@ -162,54 +224,6 @@ class Targets:
         near = near_misses(name.strip("^$.\\"), parts)
         kinds = dict.fromkeys(re.sub(r"\d+", "N", path) for path in linear)
         return f"{near} Its linear layers are {listing(kinds, limit=12)}"
-
-
-def assign(
-    rules: Variant | Mapping[str, Variant], targets: Targets, model: nn.Module
-) -> list[Found]:
-    """The targets, each with its variant: of a mapping, that of the first pattern that matches.
-
-    Raises LoraFuncError for rules of another type, for a pattern that names no layer, and for a
-    layer whose matrix cannot be read.
-    """
-    if isinstance(rules, Variant):
-        found = targets.find(model)
-        return [Found(path, rules, read(path, layer)) for path, layer in found.items()]
-    kinds = list(rules.values()) if isinstance(rules, Mapping) else []
-    if not kinds or not all(isinstance(variant, Variant) for variant in kinds):
-        raise LoraFuncError(
-            "rules must be a Variant such as LoRA(r=8), or a mapping pattern -> Variant, not "
-            f"{rules!r}"
-        )
-    patterns = list(rules)
-    for pattern in patterns:
-        check_pattern(pattern)
-    found = targets.find(model, patterns)
-    first = {path: next((p for p in patterns if re.search(p, path)), None) for path in found}
-    chosen = {path: pattern for path, pattern in first.items() if pattern is not None}
-    for pattern in patterns:
-        if pattern not in chosen.values():
-            raise LoraFuncError(
-                f"the pattern {pattern!r} names no layer.{unused(pattern, chosen, targets, model)}"
-            )
-    return [
-        Found(path, rules[pattern], read(path, found[path])) for path, pattern in chosen.items()
-    ]
-
-
-def unused(pattern: str, chosen: Collection[str], targets: Targets, model: nn.Module) -> str:
-    """Why a pattern of the rules names no layer, for an error."""
-    linear = {path: module for path, module in model.named_modules() if kind_of(module)}
-    left_out = [path for path in linear if re.search(pattern, path)]
-    if shadowed := [path for path in left_out if path in chosen]:
-        return f" An earlier pattern takes {listing(shadowed)}"
-    if left_out:
-        return f" It matches {listing(left_out)}, which {targets!r} leaves out"
-    return (
-        experts.named(pattern, model)
-        or second_path(pattern, model)
-        or targets.hint(pattern, linear)
-    )
 
 
 def second_path(name: str, model: nn.Module) -> str:
@@ -237,8 +251,8 @@ def check_pattern(pattern: str) -> None:
         raise LoraFuncError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
-def block_indices(model: nn.Module, linear: Mapping[str, nn.Module]) -> dict[str, int]:
-    """path -> index in the outermost stack of blocks around it, for layers that are in one.
+def block_indices(model: nn.Module, linear: Collection[str]) -> dict[str, int]:
+    """path -> index in the outermost stack of blocks around it, for those that are in one.
 
     A stack is an nn.ModuleList, or another container with numbered children of one class: not
     nn.Sequential(model), whose 0 is no block. Without any stack, the first number in the path.

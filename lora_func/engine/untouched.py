@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..errors import LoraFuncError
 from ..libraries.functorch import in_transform
 from ..weights.table import fingerprint
-from .layer import AdaptedLayer
 from .sites import Base
 
 ROUNDED = torch.float16  # a cast to it changes the fingerprint, which rounds to bfloat16
@@ -52,26 +51,33 @@ class Drift:
 
     def note(self, model: nn.Module, base: Mapping[str, Base]) -> None:
         """Takes the weights of `model` for those of the adapter, whatever they are."""
-        self.known[model] = {path: mark(model.get_submodule(path)) for path in base}
+        held = {
+            path: own.tensor or f"{path}.weight".removeprefix(".") for path, own in base.items()
+        }
+        self.known[model] = {path: mark(tensor_at(model, held[path])) for path in base}
 
     def check(
-        self, model: nn.Module, layers: Sequence[AdaptedLayer], base: Mapping[str, Base]
+        self,
+        model: nn.Module,
+        weights: Mapping[str, tuple[Tensor | None, Any]],
+        base: Mapping[str, Base],
     ) -> None:
-        """Warns if the weights in a view of `model` have changed to others than the adapter's."""
+        """Warns if weights in a view of `model` have changed to others than the adapter's.
+
+        `weights`: path of a target -> the tensor that the view has of the model, and its `Weight`.
+        """
         if in_transform():
             return
         known = self.known.setdefault(model, {})
-        changed = []
-        for layer in layers:
-            path, now = layer._site.path, mark(layer._modules["layer"])
-            before = known.get(path)
+        changed = {}
+        for path, (stored, weight) in weights.items():
+            now, before = mark(stored), known.get(path)
             if now != before:
                 known[path] = now
                 if now is not None and now[0] == (before or now)[0] and now[0] != ROUNDED:
-                    changed.append(layer)
-        for layer in changed:
-            path = layer._site.path
-            if layer._weight.at_hand and fingerprint(layer._weight) != base[path].fingerprint:
+                    changed[path] = weight
+        for path, weight in changed.items():
+            if weight.at_hand and fingerprint(weight) != base[path].fingerprint:
                 warnings.warn(
                     f"the weight of {path!r} is not the one on which the adapter was made. If an "
                     "adapter was merged into the model, this call applies it a second time: run "
@@ -84,9 +90,16 @@ class Drift:
         return Drift, ()
 
 
-def mark(layer: Any) -> tuple[Any, ...] | None:
-    """What differs after most changes of a layer's weight; None for a weight that is packed."""
-    weight = layer._parameters.get("weight")
-    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or weight.is_inference():
+def tensor_at(model: nn.Module, path: str) -> Tensor | None:
+    """The parameter of a model at a path, or None."""
+    owner, _, name = path.rpartition(".")
+    return model.get_submodule(owner)._parameters.get(name)
+
+
+def mark(weight: Tensor | None) -> tuple[Any, ...] | None:
+    """What differs after most changes of a weight; None for one that is packed."""
+    if weight is None or type(weight) not in (Tensor, nn.Parameter):
+        return None
+    if weight.is_meta or weight.is_inference():
         return None
     return weight.dtype, weight._version, weight.data_ptr()

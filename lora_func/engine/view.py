@@ -43,17 +43,19 @@ def make_view(
     replace: Mapping[str, Callable[[nn.Module], nn.Module]],
     traceable: dynamo.Traceable,
     keep: bool = False,
+    tensors: Mapping[int, Any] | None = None,
 ) -> tuple[nn.Module, list[str], list[tuple[Tensor, int]]]:
     """A structural copy of `model` with `replace[path](module)` for the module at each path.
 
     A module that stands in the tree twice is copied once, and stays in both places. `keep`: the
     view outlives a call, so its parameters and buffers are objects of its own, which a user may
-    move and cast; they share their memory with the model's until then.
+    move and cast; they share their memory with the model's until then. `tensors`: id of a
+    parameter -> the module that shows one in its place; in a trace, that tensor itself.
 
     Returns the copy, the paths of `replace` that the model does not have, and the tensors that the
     two share, each with its version.
     """
-    structure = Structure(replace, keep, traceable.survey(model))
+    structure = Structure(replace, keep, traceable.survey(model), tensors or {})
     view = structure.visit(model, "")
     if structure.traced and structure.survey is not None:
         structure.survey.check(structure.replaced)
@@ -94,8 +96,13 @@ class Structure:
     """
 
     def __init__(
-        self, replace: Mapping[str, Callable[[nn.Module], nn.Module]], keep: bool, survey: Any
+        self,
+        replace: Mapping[str, Callable[[nn.Module], nn.Module]],
+        keep: bool,
+        survey: Any,
+        tensors: Mapping[int, Any],
     ):
+        self.tensors = tensors
         self.replace = replace
         self.keep = keep
         self.survey = survey  # what is known of the model, or None
@@ -106,7 +113,7 @@ class Structure:
         # (original, copy, attributes of the copy alone)
         self.copies: list[tuple[nn.Module, nn.Module, dict[str, Any]]] = []
         # id of an original module, parameter or buffer -> its replacement in the view
-        self.new: dict[int, Any] = {}
+        self.new: dict[int, Any] = dict(tensors)
         self.replaced: dict[int, bool] = {}  # ids of modules that are another object in the view
 
     def visit(self, module: nn.Module, path: str, hooked: tuple[type, ...] = ()) -> nn.Module:
@@ -124,6 +131,8 @@ class Structure:
         parameters = self.parameters(module, path)
         apart = self.survey is not None and id(module) in self.survey.apart
         buffers = self.buffers(module, apart and self.traced) if kind is type(module) else {}
+        shown = self.shown(module) if self.tensors else {}
+        kind = showing(kind, tuple(shown)) if shown else kind
         special = apart or kind is not type(module) or isinstance(module, hooked)
         computed = module._forward_pre_hooks and torch_hooks.weight_hooks(module)
         replacement = module
@@ -132,12 +141,13 @@ class Structure:
         if whole or children or parameters or buffers or special or computed:
             torch_hooks.check_cache(module, path)
             replacement = object.__new__(kind)
-            own: dict[str, Any] = {"_modules": {**module._modules, **children}}
-            if parameters:
-                own["_parameters"] = {**module._parameters, **parameters}
+            own: dict[str, Any] = {"_modules": {**module._modules, **children, **shown}}
+            if parameters or shown:
+                held = {**module._parameters, **parameters}
+                own["_parameters"] = {n: p for n, p in held.items() if n not in shown}
             if buffers:
                 own["_buffers"] = {**module._buffers, **buffers}
-            if children:
+            if children or shown:
                 own |= torch_hooks.without_fused_path(module)
             self.copies.append((module, replacement, own))
         if path in self.missing:
@@ -153,12 +163,25 @@ class Structure:
         found = {}
         for name, parameter in module._parameters.items():
             self.note(parameter)
-            if parameter is not None and (parameter.requires_grad or self.keep):
+            if parameter is None:
+                continue
+            if id(parameter) in self.tensors:
+                if isinstance(self.tensors[id(parameter)], Tensor):
+                    found[name] = self.tensors[id(parameter)]
+            elif parameter.requires_grad or self.keep:
                 if id(parameter) not in self.new:
                     self.new[id(parameter)] = frozen(parameter, path, self.keep)
                 if self.new[id(parameter)] is not parameter:
                     found[name] = self.new[id(parameter)]
         return found
+
+    def shown(self, module: nn.Module) -> dict[str, nn.Module]:
+        """The parameters of a module that other modules show, by name."""
+        return {
+            name: self.tensors[id(parameter)]
+            for name, parameter in module._parameters.items()
+            if isinstance(self.tensors.get(id(parameter)), nn.Module)
+        }
 
     def buffers(self, module: nn.Module, apart: bool) -> dict[str, Tensor]:
         """The buffers of a module that its copy holds as copies, since a forward may write them."""
@@ -208,6 +231,20 @@ def twin(parameter: Tensor) -> Tensor:
     alone = parameter.detach()  # nn.Parameter(..) would count for itself before torch 2.13
     alone._is_param = True  # pyright: ignore  (so nn.Parameter knows a tensor that it did not make)
     return alone
+
+
+CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+def showing(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass of a module's class, in which its parts `names` show the parameters so called."""
+
+    def shows(name: str) -> property:
+        return property(lambda module: module._modules[name].tensor())
+
+    if (kind, names) not in CLASSES:
+        CLASSES[kind, names] = type(kind.__name__, (kind,), {name: shows(name) for name in names})
+    return CLASSES[kind, names]
 
 
 class StandIn(nn.Module):

@@ -6,7 +6,10 @@ under the key "lora_func":
     format     the version of this layout
     library    the version of lora_func that wrote it
     variants   [[name, {field: value}], ..], each distinct variant once
-    targets    {path: [index into variants, d_out, d_in, fingerprint or null]}
+    targets    {path: [index into variants, d_out, d_in, fingerprint or null]}, with the axes of
+               the leaves' own matrices: [.., experts, d_out, d_in, ..] for a stack
+    parameters {path: [path of the parameter, whether it is held as [.., d_in, d_out]]} of those
+               targets that are no layers
     frozen     [keys of the tensors that are constants]
     rebuilt    [keys of the constants that the file leaves out]
     digest     SHA-256 of everything else, which tells whether the file was altered
@@ -72,11 +75,17 @@ def parse(content: bytes, catalogue: Mapping[str, type[Variant]]) -> Manifest:
             )
         kinds = [make_variant(name, fields, catalogue) for name, fields in meta["variants"]]
         variants, base = {}, {}
-        for target, (index, rows, cols, mark) in meta["targets"].items():
-            numbers = all(type(n) is int and n >= 0 for n in (index, rows, cols))
-            if not numbers or not isinstance(mark, (str, type(None))):
+        parameters = meta.get("parameters", {})
+        for target, (index, *shape, mark) in meta["targets"].items():
+            tensor, transposed = parameters.get(target, (None, False))
+            numbers = all(type(n) is int and n >= 0 for n in (index, *shape))
+            known = tensor is None or (isinstance(tensor, str) and type(transposed) is bool)
+            if not numbers or not known or not isinstance(mark, (str, type(None))):
                 raise TypeError(f"the entry of target {target!r}")
-            variants[target], base[target] = kinds[index], Base((rows, cols), mark)
+            if tensor is None and len(shape) != 2:
+                raise TypeError(f"the shape of target {target!r}")
+            variants[target] = kinds[index]
+            base[target] = Base(tuple(shape), mark, transposed, tensor)
         constants, rebuilt = set(meta["frozen"]), meta["rebuilt"]
         keys = [*constants, *rebuilt] if type(rebuilt) is list else [None]
         if not variants or not all(isinstance(key, str) for key in keys):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..engine import stack
 from ..engine.adapter import Adapter
 from ..engine.keys import by_path, flat_key, key_mismatch
 from ..engine.leaves import Leaves, blank
@@ -20,6 +21,7 @@ from ..libraries import transformers
 from ..variant import Variant
 from ..variants import VARIANTS
 from ..weights.layer import LayerWeight
+from ..weights.parameter import ParameterWeight
 from .format import Manifest, parse
 
 
@@ -73,7 +75,7 @@ def load(
 class Plan(NamedTuple):
     """What a file needs of a model, checked."""
 
-    weights: dict[str, LayerWeight]
+    weights: dict[str, LayerWeight | ParameterWeight]
     expected: Leaves  # on the device "meta"
     base: dict[str, Base]  # of this model
 
@@ -145,7 +147,9 @@ def place(manifest: Manifest, plan: Plan, model: nn.Module) -> tuple[Adapter, di
 
 @torch.no_grad()
 def rebuild(
-    manifest: Manifest, weights: Mapping[str, LayerWeight], leaves: Mapping[str, Tensor]
+    manifest: Manifest,
+    weights: Mapping[str, LayerWeight | ParameterWeight],
+    leaves: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """The constants that a file leaves out, from the weights of the model.
 
@@ -155,7 +159,7 @@ def rebuild(
     found = {}
     for path, variant in manifest.variants.items():
         given = {name: leaf for name, (_, leaf) in own.get(path, {}).items()}
-        for name, leaf in variant.rebuild(weights[path], given).items():
+        for name, leaf in stack.rebuild(variant, weights[path], given).items():
             found[flat_key(path, name)] = leaf.to(weights[path].device).contiguous()
     if unknown := [key for key in manifest.rebuilt if key not in found]:
         raise LoraFuncError(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..engine import stack
 from ..engine.adapter import Adapter, check_order
 from ..engine.keys import by_path, flat_key
 from ..errors import LoraFuncError, listing
@@ -49,15 +50,18 @@ def save(
     rebuilt = rebuildable(adapter) if frozen == "rebuild" else []
     real = writable(path)
     variants = list(dict.fromkeys(adapter.variants.values()))
-    targets = {}
+    targets, parameters = {}, {}
     for target, variant in adapter.variants.items():
         base = adapter.base[target]
         targets[target] = [variants.index(variant), *base.shape, base.fingerprint]
+        if base.tensor is not None:
+            parameters[target] = [base.tensor, base.transposed]
     meta = {
         "format": FORMAT,
         "library": __version__,
         "variants": [[variant.name(), plain_fields(variant)] for variant in variants],
         "targets": targets,
+        **({"parameters": parameters} if parameters else {}),
         "frozen": [key for key in adapter.frozen if key not in rebuilt],
         "rebuilt": rebuilt,
     }
@@ -76,7 +80,7 @@ def rebuildable(adapter: Adapter) -> list[str]:
     for path, variant in adapter.variants.items():
         leaves = {name: leaf.to("meta") for name, (_, leaf) in own.get(path, {}).items()}
         weight = Weight(torch.empty(adapter.base[path].shape, device="meta"))
-        keys += [flat_key(path, name) for name in variant.rebuild(weight, leaves)]
+        keys += [flat_key(path, name) for name in stack.rebuild(variant, weight, leaves)]
     if not keys:
         kinds = dict.fromkeys(type(variant).__name__ for variant in adapter.variants.values())
         raise LoraFuncError(

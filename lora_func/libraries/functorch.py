@@ -1,7 +1,8 @@
-"""torch.func: whether a transform is running, and which tensors it batches."""
+"""torch.func and autograd: whether a transform or a backward runs, and what a vmap batches."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch._C._functorch import (  # pyright: ignore  (compiled)
     is_batchedtensor,
@@ -12,6 +13,7 @@ from torch.autograd import forward_ad
 RELIES_ON = {
     "torch._C._functorch": ("is_batchedtensor", "peek_interpreter_stack"),
     "torch.autograd.forward_ad": ("_current_level",),
+    "torch._C": ("_current_graph_task_id",),
 }
 
 
@@ -23,3 +25,8 @@ def in_transform() -> bool:
 def is_batched(t: Tensor) -> bool:
     """Whether `t` is batched by a torch.vmap that is running."""
     return is_batchedtensor(t)
+
+
+def in_backward() -> bool:
+    """Whether a backward pass of autograd runs in this thread."""
+    return torch._C._current_graph_task_id() != -1  # pyright: ignore  (compiled)

@@ -1,4 +1,4 @@
-"""torch.nn: layers that compute their weight, and modules that bypass a layer's forward."""
+"""torch.nn: layers that compute their weight, modules that bypass a layer, convolutions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -30,6 +31,7 @@ RELIES_ON = {
     "torch.nn.utils.spectral_norm": ("source:self.name = name", "source:def __call__(self, module"),
     "torch.nn.utils.weight_norm": ("source:self.name = name", "source:def __call__(self, module"),
     "torch.nn.modules.transformer": ("source:activation_relu_or_gelu",),
+    "torch.nn.modules.conv": ("_ConvNd", "_ConvTransposeNd"),
     "torch.nn.modules.batchnorm": ("_NormBase", "source:track_running_stats"),
 }
 
@@ -126,6 +128,16 @@ def is_stateless(module: nn.Module) -> bool:
     own = type(module).__module__.startswith("torch.nn.modules.")
     parts = module._modules or module._buffers
     return own and not (parts or module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is one of torch's convolutions, of any number of axes."""
+    return isinstance(module, _ConvNd)
+
+
+def is_transposed_convolution(module: nn.Module) -> bool:
+    """Whether its kernel is `[in, out, k, ..]`."""
+    return isinstance(module, _ConvTransposeNd)
 
 
 def writes_buffers(module: nn.Module) -> bool:

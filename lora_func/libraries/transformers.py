@@ -6,10 +6,12 @@ transformers itself is not imported.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 RELIES_ON = {
@@ -30,6 +32,12 @@ RELIES_ON = {
         "GenerationMixin._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids)",
     ),
     "transformers.generation.utils": ("source:self._expand_inputs_for_generation(",),
+    "transformers.integrations.moe": (
+        "use_experts_implementation(is_transposed)",
+        "source:self.is_transposed = is_transposed",
+        "source:torch.ops.transformers.grouped_mm_fallback(input",
+    ),
+    "torch": ("_grouped_mm",),
     "transformers.trainer_utils": ("source:_hf_peft_config_loaded",),
     "transformers.utils": ("CONFIG_NAME", "SAFE_WEIGHTS_NAME"),
 }
@@ -78,6 +86,55 @@ def allow_training(view: nn.Module) -> None:
 def is_conv1d(module: Any) -> bool:
     """Whether a module is `Conv1D`, GPT-2's linear layer, which holds the transposed matrix."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
+
+
+# Outside of its registry of experts: the stacks that a class uses as `x @ W`.
+TRANSPOSED = {
+    "Llama4TextExperts": ("gate_up_proj", "down_proj"),
+    "GroupedLinearLayer": ("weight",),  # ConvBERT
+    "CsmCodebooksHead": ("weight",),
+    "RecurrentGemmaRglru": ("input_gate_weight", "recurrent_gate_weight"),
+    "EsmFold2ConfidenceHead": ("plddt_weight", "resolved_weight"),
+}
+
+
+def holds_transposed(module: Any, name: str) -> bool:
+    """Whether a module holds its stack of matrices `name` as `[E, d_in, d_out]`.
+
+    Experts of the registry say so themselves, for all of their stacks.
+    """
+    kinds = [kind.__name__ for kind in type(module).__mro__]
+    listed = any(name in TRANSPOSED.get(kind, ()) for kind in kinds)
+    return listed or bool(getattr(module, "is_transposed", False))
+
+
+class Routing(NamedTuple):
+    """How a module of experts is told which token goes to which expert."""
+
+    arguments: tuple[str, ...]  # of its forward; the first is the tokens [T, d]
+    ids: str | None  # the one with the experts of each token [T, k]; None: tokens come expert first
+    counts: tuple[str, ...]  # its attributes that count experts; ids are below the first
+
+
+def routing(experts: nn.Module) -> Routing | None:
+    """How a module of experts is called, or None if it is not known, or called in another way."""
+    arguments = tuple(inspect.signature(type(experts).forward).parameters)[1:]
+    names = ("num_experts", "total_experts", "num_routed_experts")
+    counts = tuple(name for name in names if name in vars(experts))
+    if counts and type(experts).__name__ == "Llama4TextExperts":
+        return Routing(arguments, None, counts)
+    if counts and arguments[1:2] in (("top_k_index",), ("router_indices",)):
+        return Routing(arguments, arguments[1], counts)
+    return None
+
+
+def multiplies_groups(function: Any) -> bool:
+    """Whether a function multiplies sorted rows with a stack, one matrix for each group of `offs`.
+
+    It is torch's own, or the one that transformers falls back to.
+    """
+    fallback = str(function).startswith("transformers.grouped_mm_fallback")
+    return fallback or function is torch._grouped_mm  # pyright: ignore  (private)
 
 
 def hidden_size(model: nn.Module) -> int | None:

@@ -97,7 +97,7 @@ class Snapshot(Weight):
         return self.weight.bias
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         return self.weight.shape
 
     @property
@@ -115,11 +115,11 @@ def fingerprint(weight: Weight, samples: int = 64) -> str | None:
     if weight.device.type == "meta":
         return None
     matrix = weight.dense().detach()
-    rows, cols = matrix.shape
     steps = torch.arange(samples, device=matrix.device)
-    index = steps * (rows * cols - 1) // (samples - 1)
-    entries = matrix[index // cols, index % cols].to(torch.bfloat16).float().cpu().tolist()
-    return hashlib.sha256(repr((rows, cols, entries)).encode()).hexdigest()[:16]
+    index = steps * (matrix.numel() - 1) // (samples - 1)
+    chosen = matrix[torch.unravel_index(index, matrix.shape)] if matrix.dim() else matrix
+    entries = chosen.to(torch.bfloat16).float().cpu().tolist()
+    return hashlib.sha256(repr((*matrix.shape, entries)).encode()).hexdigest()[:16]
 
 
 def class_in_view(module: nn.Module) -> type[nn.Module]:

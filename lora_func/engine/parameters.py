@@ -1,0 +1,126 @@
+"""Parameters as targets: whatever of a model is not a linear layer that is called."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import nn
+
+from ..errors import LoraFuncError, listing, near_misses
+from ..libraries import torch_hooks
+from ..variant import Variant
+from ..weights.parameter import ParameterWeight
+from .sites import Found
+
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+def holders(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Path of each parameter -> the module that holds it and its name there.
+
+    A parameter that several modules hold comes once, under its first path.
+    """
+    found, seen = {}, set()
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{path}.{name}".removeprefix(".")] = module, name
+    return found
+
+
+def rows_or_kernel(model: nn.Module, asked: Collection[str]) -> dict[str, nn.Module]:
+    """path -> module, for embeddings and convolutions that a pattern names.
+
+    The last part of the path is what names one: "embed_tokens" does, "model" does not.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, EMBEDDINGS) or torch_hooks.is_convolution(module):
+            masked = f"{path.rpartition('.')[0]}.\0".removeprefix(".")
+            if any(re.search(p, path) and not re.search(p, masked) for p in asked):
+                found[path] = module
+    return found
+
+
+def check_site(path: str, variant: Variant, weight: ParameterWeight) -> None:
+    """Raises LoraFuncError if a variant cannot adapt a parameter."""
+    card, kind, shape = variant.card, type(variant).__name__, tuple(weight.stored.shape)
+    if not (weight.layout.is_matrix or card.any_shape):
+        raise LoraFuncError(
+            f"the parameter {path!r} of shape {shape} is no matrix and no stack of matrices, which "
+            f"{kind} adapts: take lf.Full() for it, as in {{{path!r}: lf.Full()}}"
+        )
+    if type(variant).merged is Variant.merged:
+        raise LoraFuncError(
+            f"{path!r} is a parameter, and {kind} has no closed form of its weight: it adapts "
+            "layers that are called, such as linear ones"
+        )
+    if card.data == "required":
+        raise LoraFuncError(
+            f"{path!r} is a parameter, and {kind} starts from data that a layer sees, which "
+            "calibration cannot tell here. Take another variant for it"
+        )
+
+
+def drop_second_sides(chosen: dict[str, Variant], layers: Mapping[str, nn.Module]) -> None:
+    """Leaves out linear layers whose weight is that of a chosen embedding: its adapter is theirs.
+
+    Raises LoraFuncError if the two are to have different variants.
+    """
+    tables = {
+        id(layer._parameters.get("weight")): path
+        for path, layer in layers.items()
+        if isinstance(layer, EMBEDDINGS) and path in chosen
+    }
+    for path in list(chosen):
+        weight = layers[path]._parameters.get("weight") if path in layers else None
+        table = tables.get(id(weight), path)
+        if table != path:
+            if chosen[path] != chosen[table]:
+                raise LoraFuncError(
+                    f"{table!r} and {path!r} are one tensor, which takes one adapter, but the "
+                    f"rules name {chosen[table]} and {chosen[path]}"
+                )
+            del chosen[path]
+
+
+def say_shared(model: nn.Module, found: Sequence[Found]) -> None:
+    """Warns of adapted parameters that several modules hold: the adapter acts in all of them."""
+    users = defaultdict(list)
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            users[id(parameter)].append(f"{path}.{name}".removeprefix("."))
+    for site in found:
+        paths = users[id(site.weight.stored)] if isinstance(site.weight, ParameterWeight) else []
+        if len(paths) > 1:
+            warnings.warn(
+                f"{listing(paths)} are one tensor, so one adapter acts in all of them",
+                stacklevel=4,
+            )
+
+
+def check_once(layers: Collection[str], parameters: Collection[str]) -> None:
+    """Raises LoraFuncError if a parameter belongs to a layer that is adapted too."""
+    for path in parameters:
+        if path.rpartition(".")[0] in layers and path.endswith(".weight"):
+            raise LoraFuncError(
+                f"{path!r} is the weight of {path.rpartition('.')[0]!r}, which is adapted as a "
+                "layer: name one of the two"
+            )
+
+
+def no_parameter(pattern: str, model: nn.Module, known: Sequence[str]) -> str:
+    """Why a pattern matches no parameter, for an error."""
+    parts = [part for path in known for part in (path.rsplit(".", 1)[-1], path)]
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and re.search(pattern, f"{path}.{name}".removeprefix(".")):
+                first = next(p for p in known if model.get_parameter(p) is parameter)
+                return f" It is the tensor of {first!r}, which is adapted under that path"
+    kinds = dict.fromkeys(re.sub(r"\d+", "N", path) for path in known)
+    near = near_misses(pattern.strip("^$.\\"), parts)
+    return f"{near} The parameters of {type(model).__name__} are {listing(kinds, limit=12)}"
