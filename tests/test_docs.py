@@ -14,6 +14,7 @@ import pytest
 import tables
 import torch
 import transformers
+from architectures import ARCHITECTURES
 from models import text_batch, tiny_llama
 
 import lora_func as lf
@@ -52,6 +53,8 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
     vars(module).update(torch=torch, lf=lf, model=tiny_llama(), batch=batch, batches=[batch, batch])
+    classifier = transformers.LlamaForSequenceClassification(tiny_llama().config)
+    vars(module).update(mixtral=ARCHITECTURES["mixtral"][0](), classifier=classifier)
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), vars(module))
 

@@ -306,8 +306,10 @@ def test_layers_and_parameters_at_once():
     rules = {"called": lf.LoRA(r=3), "norm": lf.Full(), "experts": lf.PiSSA(r=2), "conv$": LORA}
     adapter, params = drawn(rules, model, lf.Targets())
     kinds = {path: type(variant).__name__ for path, variant in adapter.variants.items()}
-    assert kinds["called"] == "LoRA" and kinds["norm.bias"] == kinds["norm.weight"] == "Full"
-    assert "conv" in kinds and "experts.up" in kinds  # a layer by its name, a stack by its path
+    assert kinds["called"] == "LoRA"
+    assert kinds["norm.bias"] == kinds["norm.weight"] == "Full"
+    assert "conv" in kinds
+    assert "experts.up" in kinds
     _, grads = lf.value_and_grad(lambda p: loss_of(adapter(model, p, IDS)))(params)
     _, wanted = lf.value_and_grad(lambda p: merged_loss(adapter, model, p))(params)
     assert largest(grads, wanted) < 1e-5
@@ -345,7 +347,7 @@ def test_a_tied_head():
     assert both_named.targets == ("model.embed_tokens",)
 
 
-def bad(message: str, make: Any, id: str):  # noqa: A002
+def bad(message: str, make: Any, id: str):
     return pytest.param(message, make, id=id)
 
 
@@ -410,7 +412,7 @@ def test_a_model_without_the_parameter():
     adapter, params = drawn(LORA, model, lf.Targets(parameters=("experts",)))
     other = zoo()
     other.experts = nn.Identity()
-    with pytest.raises(lf.LoraFuncError, match="Zoo has no parameter 'experts.up'"):
+    with pytest.raises(lf.LoraFuncError, match=r"Zoo has no parameter 'experts\.up'"):
         adapter(other, params, IDS)
     other = zoo()
     other.experts = Experts(4, 12, 18, transposed=False)

@@ -116,7 +116,7 @@ WRITES = re.compile(r"(?!__).*_|__i(add|sub|mul|truediv|div|pow|and|or|xor)__|__
 
 
 def check_write(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raises LoraFuncError if a function would write to a sum that stands for itself alone."""
+    """Raises LoraFuncError if a function would write to the sum, which later products ignore."""
     name = getattr(func, "__name__", "")
     for W in (kwargs.get("out"), *(args[:1] if WRITES.fullmatch(name) else ())):
         if isinstance(W, Terms):
