@@ -286,7 +286,8 @@ def reached() -> str:
         rows.append([row["model"], size, f"{row['default']:.1%}", f"{row['named']:.1%}"])
         rows[-1].append("; ".join(named).replace("|", "\\|"))
     headers = ["model", "parameters, 10⁹", "defaults", "named", "with"]
-    return f"{markdown(rows, headers)}\n\nThe sizes are those of the default configurations."
+    about = "Sizes of the default configurations; for Qwen3Moe, that of Qwen3-30B-A3B."
+    return f"{markdown(rows, headers)}\n\n{about}"
 
 
 TABLES: dict[str, Callable[[], str]] = {
