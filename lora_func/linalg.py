@@ -27,6 +27,7 @@ __all__ = [
     "skew",
     "top_svd",
     "uniform",
+    "weighted_sum",
 ]
 
 
@@ -54,8 +55,18 @@ def low_rank_update(base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float 
     in eager mode its two reshapes cost more than the kernel that it saves.)
     """
     h = F.linear(x, A.to(x.dtype))  # [.., r]
-    delta = F.linear(h, B.to(h.dtype))  # [.., o]
-    return torch.add(base, delta.to(base.dtype), alpha=scale)
+    delta = F.linear(h, B.to(h.dtype)).to(base.dtype)  # [.., o]
+    if torch.compiler.is_compiling():  # which loses alpha where it fuses the sum and the product
+        return base + scale * delta
+    return torch.add(base, delta, alpha=scale)
+
+
+def weighted_sum(C: Tensor, B: Tensor, A: Tensor, beta: float, alpha: float) -> Tensor:
+    """`beta C + alpha B A`, of matrices. In compiled code not by `addmm`, which loses both factors
+    where inductor takes it apart (pytorch/pytorch#167313, and the same for `torch.add`)."""
+    if torch.compiler.is_compiling():
+        return beta * C + alpha * (B @ A)
+    return torch.addmm(C, B, A, beta=beta, alpha=alpha)
 
 
 def low_rank_difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,13 @@ import torch
 
 from ..card import Card, Peft
 from ..checks import check_choice
-from ..linalg import at_least_float32, full_precision, kaiming, low_rank_update
+from ..linalg import (
+    at_least_float32,
+    full_precision,
+    kaiming,
+    low_rank_update,
+    weighted_sum,
+)
 from ..variant import Params
 from ._low_rank import LowRank
 
@@ -102,5 +108,5 @@ def row_norms(A, B, weight, w2, s):
     """|W + s B A| for each row, `[d_out]`: `A [r, d_in]`, `B [d_out, r]`, w2 = |W|² by row."""
     A, B = A.to(w2.dtype), B.to(w2.dtype)
     C = weight(A).mT  # W Aᵀ [d_out, r]
-    n2 = w2 + (torch.addmm(C, B, A @ A.mT, beta=2 * s, alpha=s * s) * B).sum(-1)
+    n2 = w2 + (weighted_sum(C, B, A @ A.mT, beta=2 * s, alpha=s * s) * B).sum(-1)
     return torch.maximum(n2, torch.finfo(w2.dtype).eps * w2).sqrt()
