@@ -60,6 +60,7 @@ ELSEWHERE = {
     "oft_block_size": "block_size",
     "target_modules": "adapt(.., targets=Targets(names=..))",
     "targets": "adapt(.., targets=Targets(names=..))",
+    "lora_dropout": "adapt(.., dropout=..)",
     "layers_to_transform": "adapt(.., targets=Targets(layers=..))",
 }
 

@@ -18,13 +18,14 @@ from . import experts
 from .adapter import Adapter
 from .collect import collect
 from .keys import by_path
+from .layer import overrides
 from .leaves import check_stats, draw, kinds
 from .refused import check_base
 from .rules import assign
 from .sites import Base, Found
 from .targets import Targets
 
-ARGUMENTS = ("targets", "generator", "calibration", "stats", "dtype")
+ARGUMENTS = ("targets", "generator", "calibration", "stats", "dtype", "dropout")
 
 
 @torch.inference_mode(False)  # tensors made in inference mode could never be trained
@@ -37,6 +38,7 @@ def adapt(
     calibration: Iterable[Any] | None = None,
     stats: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
+    dropout: float = 0.0,
     **unknown: NoReturn,  # for an error that names the right argument; type checkers refuse all
 ) -> tuple[Adapter, dict[str, Tensor]]:
     """An adapter for `model`, and fresh parameters for it. The model is not modified.
@@ -54,6 +56,9 @@ def adapt(
         stats: path -> what `collect` found for the layer, instead of calibration.
         dtype: of the trainable parameters. Frozen constants stay in float32 (float64 if the
             weight is).
+        dropout: the probability of each entry of a layer's input to be dropped from what the
+            variant sees, in train mode. The base layer sees all. It draws from torch's own
+            generator, like nn.Dropout.
 
     Returns:
         `(adapter, params)`. `adapter(model, params, batch)` is the adapted forward. `params` is
@@ -65,7 +70,8 @@ def adapt(
             pattern that names none; a layer whose weight cannot be read, or that computes
             something else than x Wᵀ + b; hyperparameters that a layer does not allow; a variant
             that needs calibration and has none; data for variants that look at none; stats of
-            another statistic; an argument that adapt does not have.
+            another statistic; dropout for what it cannot act on; an argument that adapt does not
+            have.
 
     Warns if nothing is named and most of the model lies in fused experts, which have no layers.
     """
@@ -76,6 +82,7 @@ def adapt(
             f"dtype must be a floating torch dtype such as torch.float32, not {dtype!r}"
         )
     found = assign(rules, targets, model)
+    check_dropout(dropout, found)
     if isinstance(rules, Variant) and not (targets.names or targets.parameters):
         experts.warn_of_reach(model, found)
     accelerate.check_offload(model, [site.path for site in found])
@@ -101,10 +108,29 @@ def adapt(
     params = {key: leaf.to(dtype) for key, leaf in leaves.trainable.items()}
     shapes = {key: leaf.shape for key, leaf in params.items()}
     base = {path: base[path] for path in variants}
-    adapter = Adapter(variants, shapes, leaves.frozen, base, dtype)
+    adapter = Adapter(variants, shapes, leaves.frozen, base, dtype, dropout=float(dropout))
     adapter.remember(model)
     adapter.trust(model)
     return adapter, params
+
+
+def check_dropout(dropout: Any, found: Sequence[Found]) -> None:
+    """Raises LoraFuncError for no probability, and for a target on which dropout has no effect."""
+    number = isinstance(dropout, (int, float)) and not isinstance(dropout, bool)
+    if not number or not 0 <= dropout < 1:
+        raise LoraFuncError(f"dropout={dropout!r}; expected a probability below 1, such as 0.05")
+    for site in found if dropout else ():
+        if isinstance(site.weight, ParameterWeight):
+            why = "a parameter, which has no input of its own"
+        elif not overrides(site.variant, "apply"):
+            why = (
+                f"adapted by {type(site.variant).__name__}, which acts on what the base layer sees"
+            )
+        else:
+            continue
+        raise LoraFuncError(
+            f"dropout={dropout} cannot act on {site.path!r}: it is {why}. Leave dropout= out"
+        )
 
 
 def check_arguments(rules: Any, targets: Any, unknown: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -51,6 +52,8 @@ class Adapter:
     """Path of a layer -> the shape and fingerprint of its weight."""
     dtype: torch.dtype
     """The dtype of the trainable leaves that `init` draws."""
+    dropout: float
+    """The share of the input's entries that variants do not see, in train mode."""
     _sites: tuple[Site, ...]
     _traceable: Traceable
     _reach: Reach
@@ -63,6 +66,8 @@ class Adapter:
         frozen: Mapping[str, Tensor],
         base: Mapping[str, Base],
         dtype: torch.dtype,
+        *,
+        dropout: float = 0.0,
     ):
         leaves = by_path({key: (key, len(shape)) for key, shape in shapes.items()})
         constants = by_path(frozen)
@@ -73,7 +78,15 @@ class Adapter:
 
         shared = frozenset({**leaves.get(SHARED, {}), **constants.get(SHARED, {})})
         sites = tuple(
-            Site(path, variant, base[path], names(leaves, path), names(constants, path), shared)
+            Site(
+                path,
+                variant,
+                base[path],
+                names(leaves, path),
+                names(constants, path),
+                shared,
+                dropout,
+            )
             for path, variant in variants.items()
         )
         vars(self).update(
@@ -82,6 +95,7 @@ class Adapter:
             frozen=MappingProxyType(dict(frozen)),
             base=MappingProxyType(dict(base)),
             dtype=dtype,
+            dropout=dropout,
             _sites=sites,
             _traceable=Traceable(),
             _reach=Reach(),
@@ -216,7 +230,8 @@ class Adapter:
                     f"{fields} needs other parameters than {key!r} of shape {tuple(leaf.shape)}: "
                     "call lf.adapt with the new variant"
                 )
-        return Adapter(variants, self.shapes, self.frozen, self.base, self.dtype)
+        parts = variants, self.shapes, self.frozen, self.base
+        return Adapter(*parts, self.dtype, dropout=self.dropout)
 
     @property
     def lr_scale(self) -> dict[str, float]:
@@ -243,7 +258,8 @@ class Adapter:
     def placed(self, move: Callable[[Tensor], Tensor]) -> Adapter:
         """A new Adapter with each constant as `move` returns it."""
         frozen = {key: move(leaf) for key, leaf in self.frozen.items()}
-        return Adapter(self.variants, self.shapes, frozen, self.base, self.dtype)
+        parts = self.variants, self.shapes, frozen, self.base
+        return Adapter(*parts, self.dtype, dropout=self.dropout)
 
     def site(self, path: str) -> Site:
         """What is known of the layer at `path`."""
@@ -382,7 +398,8 @@ class Adapter:
 
     def __reduce__(self) -> tuple[Any, ...]:
         parts = self.variants, self.shapes, self.frozen, self.base
-        return Adapter, (*map(dict, parts), self.dtype)
+        make = functools.partial(Adapter, dropout=self.dropout)
+        return make, (*map(dict, parts), self.dtype)
 
 
 def parameter_of(model: nn.Module, path: str, base: Base) -> ParameterWeight:

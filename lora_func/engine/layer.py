@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LoraFuncError
@@ -23,7 +24,8 @@ from .view import StandIn
 class AdaptedLayer(StandIn, Holder):
     """Replaces an adapted layer in a view.
 
-    It computes `variant.apply(x, layer(variant.transform_input(x)))`.
+    It computes `variant.apply(x, layer(variant.transform_input(x)))`. In train mode the x that
+    `apply` sees goes through dropout, if the adapter has any.
     `torch.func.functional_call(view, params, ...)` works too.
     """
 
@@ -68,6 +70,8 @@ class AdaptedLayer(StandIn, Holder):
             return base_out
         if base_out.dtype != x.dtype:
             p = self.entries(torch.promote_types(x.dtype, base_out.dtype))
+        if self._site.dropout and self.training:
+            x = F.dropout(x, self._site.dropout)
         return each(lambda x, y, p: variant.apply(x, y, weight, p), (x, base_out), p)
 
     @property

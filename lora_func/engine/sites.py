@@ -47,3 +47,4 @@ class Site(NamedTuple):
     leaves: dict[str, tuple[str, int]]  # trainable: short name -> flat key, number of axes
     frozen: dict[str, Tensor]  # short name -> constant
     shared: frozenset[str]  # short names of what all targets of the variant share
+    dropout: float = 0.0  # of what the variant's `apply` sees, in train mode

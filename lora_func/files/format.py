@@ -10,6 +10,7 @@ under the key "lora_func":
                the leaves' own matrices: [.., experts, d_out, d_in, ..] for a stack
     parameters {path: [path of the parameter, whether it is held as [.., d_in, d_out]]} of those
                targets that are no layers
+    dropout    the adapter's, if it has any
     frozen     [keys of the tensors that are constants]
     rebuilt    [keys of the constants that the file leaves out]
     digest     SHA-256 of everything else, which tells whether the file was altered
@@ -48,6 +49,7 @@ class Manifest(NamedTuple):
     base: dict[str, Base]
     constants: set[str]
     rebuilt: list[str]
+    dropout: float
     tensors: dict[str, Tensor]
 
 
@@ -87,6 +89,9 @@ def parse(content: bytes, catalogue: Mapping[str, type[Variant]]) -> Manifest:
             variants[target] = kinds[index]
             base[target] = Base(tuple(shape), mark, transposed, tensor)
         constants, rebuilt = set(meta["frozen"]), meta["rebuilt"]
+        dropout = meta.get("dropout", 0.0)
+        if type(dropout) is not float or not 0 <= dropout < 1:
+            raise TypeError(f"dropout {dropout!r}")
         keys = [*constants, *rebuilt] if type(rebuilt) is list else [None]
         if not variants or not all(isinstance(key, str) for key in keys):
             raise TypeError("no targets, or a key that is not a string")
@@ -96,7 +101,7 @@ def parse(content: bytes, catalogue: Mapping[str, type[Variant]]) -> Manifest:
         raise LoraFuncError(
             f"the file was altered: its metadata is not what lora_func.save writes ({error!r})"
         ) from error
-    return Manifest(variants, base, constants, rebuilt, tensors)
+    return Manifest(variants, base, constants, rebuilt, dropout, tensors)
 
 
 def serialize(meta: dict[str, Any], tensors: Mapping[str, Tensor]) -> bytes:

@@ -139,6 +139,7 @@ def place(manifest: Manifest, plan: Plan, model: nn.Module) -> tuple[Adapter, di
             for path, base in plan.base.items()
         },
         next((leaf.dtype for leaf in params.values()), torch.float32),
+        dropout=manifest.dropout,
     )
     adapter.remember(model)
     adapter.trust(model)

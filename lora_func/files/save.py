@@ -62,6 +62,7 @@ def save(
         "variants": [[variant.name(), plain_fields(variant)] for variant in variants],
         "targets": targets,
         **({"parameters": parameters} if parameters else {}),
+        **({"dropout": adapter.dropout} if adapter.dropout else {}),
         "frozen": [key for key in adapter.frozen if key not in rebuilt],
         "rebuilt": rebuilt,
     }
