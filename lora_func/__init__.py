@@ -6,6 +6,7 @@ else may change without notice.
 """
 
 from . import variants as _variants
+from .allocation import RankAllocator
 from .binding import bind
 from .card import Card, Peft
 from .engine.adapt import adapt
@@ -47,6 +48,7 @@ __all__ = [  # noqa: PLE0604
     "Peft",
     "Probe",
     "Projections",
+    "RankAllocator",
     "Reach",
     "Statistic",
     "Targets",

@@ -23,6 +23,7 @@ __all__ = [
     "low_rank_difference",
     "low_rank_update",
     "matrix_root",
+    "normal",
     "randomized_svd",
     "skew",
     "top_svd",
@@ -36,6 +37,12 @@ def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator | N
     device = None if generator is None else generator.device
     draw = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
     return (draw * 2 - 1) * bound
+
+
+def normal(shape: tuple[int, ...], std: float, generator: torch.Generator | None) -> Tensor:
+    """N(0, std²) in float32, drawn on the device of the generator."""
+    device = None if generator is None else generator.device
+    return std * torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
 
 
 def kaiming(rows: int, cols: int, generator: torch.Generator | None) -> Tensor:

@@ -138,6 +138,19 @@ POSITIONS = {
 second: dict[str, Any] = {"engine": False}  # another form of a variant that the engine has seen
 data: dict[str, Any] = {"stats": of_statistic}
 
+ADALORA = {
+    "A": ("lora_A.default", same),
+    "B": ("lora_B.default", same),
+    "E": ("lora_E.default", lambda E: E[:, None]),
+}
+TINY = {
+    "A": lambda layer: layer.tinylora_A["default"],
+    "B": lambda layer: layer.tinylora_B["default"],
+    "P": lambda layer: layer.tinylora_P["default"],
+}
+HADAMARD = {
+    name: (f"hada_{name[:2]}_{name[2]}.default", same) for name in ("w1a", "w1b", "w2a", "w2b")
+}
 CASES = {
     "lora": Case(lf.LoRA, peft=Peft(A_B)),
     "lora-rs": Case(
@@ -159,6 +172,24 @@ CASES = {
         up_to(lambda o, i: i),
         **data,
         **second,
+    ),
+    "adalora": Case(
+        lambda r: lf.AdaLoRA(r=r),
+        peft=Peft(ADALORA, {"target_r": 4, "lora_alpha": 16}),
+    ),
+    "loraxs": Case(lambda r: lf.LoRAXS(r=r, alpha=4.0), fitting),
+    "tinylora": Case(
+        lambda r: lf.TinyLoRA(r=r, n=5),
+        fitting,
+        peft=Peft({"v": ("tinylora_v.default.0", same)}, {"u": 5}, constants=TINY),
+    ),
+    "tinylora-shared": Case(lambda r: lf.TinyLoRA(r=r, n=5, share=True), fitting, **second),
+    "loha": Case(lf.LoHa, products=8, peft=Peft(HADAMARD, {"alpha": 8})),
+    "abba": Case(lf.ABBA, fitting, products=8),
+    "miss": Case(
+        lf.MiSS,
+        up_to(lambda o, i: i),
+        peft=Peft({"D": ("miss_block.default", same)}),
     ),
     "dora": Case(
         lf.DoRA,

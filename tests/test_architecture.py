@@ -29,6 +29,7 @@ ROOMS = {
     "engine": {"variant", "precision", "weights", "libraries"},
     "files": {"engine", "libraries", "variant", "variants", "version", "weights"},
     "population": set(),
+    "allocation": {"engine"},
     "grad": {"libraries"},
     "binding": {"engine", "files", "libraries", "variant"},
     "merging": {"engine", "libraries", "precision", "variant"},

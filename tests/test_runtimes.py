@@ -519,7 +519,10 @@ def test_export():
     batch = {"input_ids": text_batch()["input_ids"], "use_cache": False}
     program = torch.export.export(lf.bind(adapter, model, params), (), batch, strict=False)
     assert params.keys() <= program.state_dict.keys()
-    assert torch.equal(program.module()(**batch).logits, adapter(model, params, batch).logits)
+    # To a few units in the last place: traced code scales the update before it adds it.
+    torch.testing.assert_close(
+        program.module()(**batch).logits, adapter(model, params, batch).logits
+    )
 
 
 # other processes

@@ -9,6 +9,12 @@ from .olora import OLoRA as OLoRA
 from .corda import CorDA as CorDA
 from .loraga import LoRAGA as LoRAGA
 from .eva import EVA as EVA
+from .adalora import AdaLoRA as AdaLoRA
+from .loraxs import LoRAXS as LoRAXS
+from .tinylora import TinyLoRA as TinyLoRA
+from .loha import LoHa as LoHa
+from .abba import ABBA as ABBA
+from .miss import MiSS as MiSS
 from .dora import DoRA as DoRA
 from .delora import DeLoRA as DeLoRA
 from .vera import VeRA as VeRA
