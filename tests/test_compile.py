@@ -32,7 +32,7 @@ def case(name: str):
 def test_one_graph(name):
     """There is one graph for all parameters. Its output is that of the eager call."""
     torch._dynamo.reset()
-    make, batch_of, _ = ARCHITECTURES[name]
+    make, batch_of, *_ = ARCHITECTURES[name]
     model, batch = make(), batch_of()
     model.eval().requires_grad_(False)
     if not model.config.is_encoder_decoder:

@@ -116,8 +116,14 @@ class Routing(NamedTuple):
     counts: tuple[str, ...]  # its attributes that count experts; ids are below the first
 
 
+# Ernie 4.5 VL sorts tokens by their kind before it calls its experts.
+REORDERED = frozenset({"Ernie4_5_VLMoeMoeExperts"})
+
+
 def routing(experts: nn.Module) -> Routing | None:
     """How a module of experts is called, or None if it is not known, or called in another way."""
+    if type(experts).__name__ in REORDERED:
+        return None
     arguments = tuple(inspect.signature(type(experts).forward).parameters)[1:]
     names = ("num_experts", "total_experts", "num_routed_experts")
     counts = tuple(name for name in names if name in vars(experts))

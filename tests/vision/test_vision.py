@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from models import largest, state_of, trained
-from test_architectures import loss_of, outputs
+from models import trained
+from test_architectures import everything_holds, outputs
 from torch.func import functional_call
-from zoo import CASES, Batch, Patterns, image_and_text
+from zoo import CASES, TRAINED_UNET, Patterns, image_and_text
 
 import lora_func as lf
 
 # The last block of SD3 computes the text's queries and drops what it attends to with them.
-UNUSED = {
-    "sd3": ("transformer_blocks.1.attn.add_q_proj",),
-    "sd35": ("transformer_blocks.1.attn.add_q_proj",),
-}
+UNUSED = dict.fromkeys(("sd3", "sd35"), r"transformer_blocks\.1\.attn\.add_q_proj$")
 
 
 @pytest.fixture
@@ -39,7 +34,7 @@ def test_layers_that_the_model_calls(name, tmp_path):
     model, batch = case.make().eval().requires_grad_(False), case.batch()
     adapter, params = lf.adapt(model, lf.LoRA(r=4), targets=lf.Targets(names=tuple(case.layers)))
     assert found(adapter, case.layers) == case.layers
-    everything_holds(adapter, params, model, batch, tmp_path, unused=UNUSED.get(name, ()))
+    everything_holds(adapter, params, model, batch, tmp_path, unused=UNUSED.get(name, "^$"))
 
 
 @pytest.mark.usefixtures("plain_attention")
@@ -61,7 +56,7 @@ def test_both_at_once(name, tmp_path):
     rules = dict.fromkeys(case.layers, lf.LoRA(r=4)) | dict.fromkeys(case.parameters, lf.LoRA(r=2))
     adapter, params = lf.adapt(model, rules)
     assert found(adapter, case.layers | case.parameters) == case.layers | case.parameters
-    everything_holds(adapter, params, model, batch, tmp_path, unused=UNUSED.get(name, ()))
+    everything_holds(adapter, params, model, batch, tmp_path, unused=UNUSED.get(name, "^$"))
 
 
 @pytest.mark.parametrize("name", ["convnext", "unet", "open_clip"])
@@ -75,6 +70,29 @@ def test_convolutions_and_embeddings_by_name(name, tmp_path):
     adapter, params = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(names=names))
     assert list(adapter.targets) == paths
     everything_holds(adapter, params, model, batch, tmp_path)
+
+
+def test_a_unet_as_people_train_it(tmp_path):
+    """LoRA on attention and on convolutions at once, all named as layers."""
+    model, batch = CASES["unet"].make().eval().requires_grad_(False), CASES["unet"].batch()
+    targets = lf.Targets(names=tuple(TRAINED_UNET))
+    adapter, params = lf.adapt(model, lf.LoRA(r=4), targets=targets)
+    assert found(adapter, TRAINED_UNET) == TRAINED_UNET
+    everything_holds(adapter, params, model, batch, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vit", "convnext", "unet", "flux", "fused_flux", "sd3"])
+def test_each_image_through_its_own_adapter(name):
+    """Layers and parameters, with an example axis, equal one image after the other."""
+    case = CASES[name]
+    model, batch = case.make().eval().requires_grad_(False), case.batch()
+    adapter, params = lf.adapt(model, dict.fromkeys(case.layers | case.parameters, lf.LoRA(r=2)))
+    several = [trained(params) for _ in range(2)]
+    together = outputs(adapter(model, lf.stack(several), batch))[0]
+    for i, one in enumerate(several):
+        rows = {key: t[i : i + 1] if len(t) == 2 else t for key, t in batch.items()}
+        alone = outputs(adapter(model, one, rows))[0]
+        torch.testing.assert_close(together[i], alone[0], atol=1e-5, rtol=1e-5)  # float32
 
 
 def test_beside_the_fused_attention_of_torch():
@@ -93,42 +111,3 @@ def found(adapter: lf.Adapter, patterns: Patterns) -> Patterns:
     counts = {p: sum(bool(re.search(p, path)) for path in adapter.targets) for p in patterns}
     assert sum(counts.values()) == len(adapter.targets)
     return counts
-
-
-def everything_holds(
-    adapter: lf.Adapter,
-    params: Any,
-    model: Any,
-    batch: Batch,
-    folder: Path,
-    *,
-    unused: tuple[str, ...] = (),
-) -> None:
-    """Identity at init, every site alive, gradients through merged weights, a bound view, a file.
-
-    And the model stays as it was. `unused` are layers whose output the model itself drops.
-    """
-    before, base = state_of(model), outputs(model(**batch))
-    for given, expected in zip(outputs(adapter(model, params, batch)), base, strict=True):
-        assert torch.equal(given, expected)
-
-    report = lf.probe(adapter, model, params, batch)
-    assert report.inert == unused
-    assert report.base_unchanged
-
-    params = trained(params)
-    _, grads = lf.value_and_grad(lambda p: loss_of(adapter(model, p, batch)))(params)
-    _, merged = lf.value_and_grad(
-        lambda p: loss_of(functional_call(model, lf.merge(adapter, model, p), (), batch))
-    )(params)
-    scale = max(leaf.abs().max().item() for leaf in merged.values())
-    assert largest(grads, merged) <= 5e-4 * scale  # float32
-
-    lf.save(folder / "a.safetensors", adapter, params)
-    again, same = lf.load(folder / "a.safetensors", model, check_base="error")
-    with torch.no_grad():  # which kernels run depends on whether something requires grad
-        expected = outputs(adapter(model, params, batch))
-        for run in (again(model, same, batch), lf.bind(adapter, model, params)(**batch)):
-            pairs = zip(outputs(run), expected, strict=True)
-            assert all(torch.equal(given, t) for given, t in pairs)
-    assert state_of(model) == before

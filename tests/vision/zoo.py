@@ -178,6 +178,17 @@ UNET_CONVOLUTIONS = {
     r"samplers\.0\.conv\.weight$": 2,
     r"attentions\.\d\.proj_(in|out)\.weight$": 8,
 }
+# As the training scripts of diffusers name them, and those for convolutions beside.
+TRAINED_UNET = {
+    r"to_(k|q|v|out\.0)$": 32,
+    r"proj_(in|out)$": 8,
+    r"ff\.net\.(0\.proj|2)$": 8,
+    r"time_emb_proj$": 8,
+    r"\.conv[12]$": 16,
+    r"conv_shortcut$": 5,
+    r"samplers\.0\.conv$": 2,
+    r"^conv_(in|out)$": 2,
+}
 
 CASES = {
     "vit": Case(
