@@ -254,9 +254,9 @@ def check_qwen3(variants: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[s
         times = 28 if whole is adapter else 1
         count = times * sum(shape.numel() for shape in whole.shapes.values())
         declared = times * sum(
-            math.prod(shape)
-            for base in whole.base.values()
-            for shape in variant.card.shapes(variant, base.shape).values()
+            math.prod(variant.card.shapes(variant, base.shape)[key.rpartition("lora_")[2]])
+            for path, base in whole.base.items()
+            for key in whole.keys_of(path)  # a layer without a bias has fewer
         )
         if count != declared:
             broken.append(f"{name}: {declared:,} parameters on {MODEL}, not {count:,}")

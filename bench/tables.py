@@ -290,6 +290,31 @@ def reached() -> str:
     return f"{markdown(rows, headers)}\n\n{about}"
 
 
+def experts() -> str:
+    """A block of fused experts beside PEFT, on each device that was measured."""
+    names = sorted(path.stem for path in RESULTS.glob("experts-*.json"))
+    return "\n\n".join(map(experts_of, names))
+
+
+def experts_of(name: str) -> str:
+    """The same, of one file of results."""
+    result, ran_on = read(name)
+    s = result["settings"]
+    rows = []
+    for row in result["rows"]:
+        time = row["time over base"]
+        cells = [row["implementation"], f"{row['tokens']:,}", str(row["r"]), row["contender"]]
+        cells += [f"{time['forward']:.2f}", f"{time['step']:.2f}"]
+        if row["contender"] != "base":
+            rows.append([*cells, f"{row['mebibytes over base']:,.0f}"])
+    headers = ["experts", "tokens", "r", "adapter", "forward / base", "step / base"]
+    about = (
+        f"{s['experts']} experts, {s['hidden']} x {s['width']}, top {s['top']}, {s['dtype']}; "
+        "memory: peak of the step."
+    )
+    return f"{markdown(rows, [*headers, 'MiB over base'])}\n\n{about} {ran_on}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "variants": variants,
     "methods": methods,
@@ -297,6 +322,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead-cpu": lambda: overhead("cpu"),
     "overhead-h100": lambda: overhead("h100"),
     "launches-h100": lambda: launches("h100"),
+    "experts": experts,
     "population-headline": lambda: headline("h100"),
     "view-cpu": lambda: view("cpu"),
     "decode-cpu": lambda: decode("cpu"),

@@ -671,6 +671,28 @@ def test_nothing_of_the_size_of_the_parameter_is_made_or_kept():
     assert all(of_P(t) or t.numel() < P.numel() // 4 for t in kept)
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_stack_is_cast_once(trains):
+    """Not for each of its matrices, nor for each product."""
+    layout, casts = Layout((4, 5, 6)), []
+    P, x = torch.randn(4, 5, 6).bfloat16(), torch.randn(3, 6).bfloat16()
+    A, B = (t.requires_grad_(trains) for t in factors(layout, dtype=torch.float32))
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default:
+                casts.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        W = fast(P, A, B, layout)
+        for e in range(4):
+            F.linear(x, W[e])
+        torch.bmm(x.expand(4, 3, 6), W.mT)
+        torch.bmm(x.expand(4, 3, 6), W[torch.tensor([1, 2, 3, 0])].mT)
+    assert len(casts) == 2
+
+
 # Errors
 
 

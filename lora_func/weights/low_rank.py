@@ -27,9 +27,11 @@ from .terms import Terms, convert, index, index_select, transpose, transpose_mat
 class LowRank(Tensor):
     """Stands for `P + as_stored(B A)`, with the shape, dtype and device of P.
 
-    Products cast the factors to the dtype of their other operand. With an axis of examples in
-    front of the factors, the first axis of that operand is that of the examples: row i takes the
-    factors of example i. `terms` are the terms of the sum.
+    Products cast the factors to the dtype of their other operand, so that the gradients of rows
+    add up in the factors' own. Those of a stack, which are large, and those that get no gradient
+    are cast to the dtype of P at once. With an axis of examples in front of the factors, the first
+    axis of the other operand is that of the examples: row i takes the factors of example i.
+    `terms` are the terms of the sum.
 
     Raises LoraFuncError where the parameter is written to, where gradients are switched off that
     the factors are to get, and where an example axis is not seen. It has no storage: code that
@@ -55,6 +57,9 @@ class LowRank(Tensor):
         in front. `repeats`: each of its values k allows k rows for each example, one after the
         other, as beams stand.
         """
+        trains = torch.is_grad_enabled() and (A.requires_grad or B.requires_grad)
+        if layout.is_stack or not trains:
+            A, B = A.to(P.dtype), B.to(P.dtype)
         left, right = (A.mT, B.mT) if layout.transposed else (B, A)
         if layout.kernel:
             right = right.unflatten(-1, layout.stored[1:])
@@ -68,7 +73,7 @@ class LowRank(Tensor):
                 kernel=layout.kernel,
                 n=n,
                 repeats={} if repeats is None else repeats,
-                trains=torch.is_grad_enabled() and (A.requires_grad or B.requires_grad),
+                trains=trains,
             )
         )
 
@@ -91,13 +96,17 @@ class LowRank(Tensor):
     ) -> Any:
         if func in METADATA:
             return super().__torch_function__(func, types, args, kwargs or {})
-        args, kwargs = pytree.tree_map_only(LowRank, lambda W: W.terms, (args, kwargs or {}))
+        kwargs = kwargs or {}
         answer = ANSWERS.get(func)
         if answer is None and transformers.multiplies_groups(func):
             answer = products.grouped
-        result = NotImplemented if answer is None else answer(func, *args, **kwargs)
-        if result is not NotImplemented:
-            return pytree.tree_map_only(Terms, cls.of, result)
+        if answer is not None:  # none takes a sum inside of a list
+            given = {name: as_terms(value) for name, value in kwargs.items()}
+            result = answer(func, *map(as_terms, args), **given)
+            if result is not NotImplemented:
+                several = type(result) is tuple
+                return tuple(map(as_tensor, result)) if several else as_tensor(result)
+        args, kwargs = pytree.tree_map(as_terms, (args, kwargs))
         check_write(func, args, kwargs)
         args, kwargs = pytree.tree_map_only(Terms, Terms.dense, (args, kwargs))
         return func(*args, **kwargs)
@@ -110,6 +119,16 @@ class LowRank(Tensor):
             f"{path!r}: its module passes the parameter to compiled code ({func}), where an "
             "adapter cannot act. Leave it out of the targets"
         )
+
+
+def as_terms(value: Any) -> Any:
+    """The terms of a `LowRank`; any other value as it is."""
+    return value.terms if isinstance(value, LowRank) else value
+
+
+def as_tensor(value: Any) -> Any:
+    """The inverse of `as_terms`."""
+    return LowRank.of(value) if isinstance(value, Terms) else value
 
 
 WRITES = re.compile(r"(?!__).*_|__i(add|sub|mul|truediv|div|pow|and|or|xor)__|__set(item)?__")

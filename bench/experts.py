@@ -1,0 +1,207 @@
+"""Fused experts: the time and memory of one block, over the frozen base and beside PEFT's LoRA.
+
+A step is a forward and a backward to the block's input (the base's whole work), and to the adapter
+if there is one. `forward` is that alone, without gradients. The contenders of a row run interleaved
+in one process:
+
+    base           the frozen block
+    lora, pissa    low-rank: grouped products of the factors, no dense tensor
+    dora           not low-rank: the dense tensors of the stacks
+    lora, dense    LoRA by the same way, as a variant without `factors` goes
+    lora x 8       8 adapters, each with an eighth of the tokens
+    peft           PEFT's LoRA, `target_parameters`
+
+Memory is the peak of a step beyond what was allocated before it, with the gradients of the adapter.
+`python bench/experts.py --help`
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from common import interleaved, peak_bytes, ratio, write
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+import lora_func as lf
+
+TARGETS = lf.Targets(parameters=(r"experts\.(gate_up|down)_proj$",))
+ADAPTERS = 8  # of the row with an example axis
+# Implementation, rank, share of the tokens, contenders. `batched_mm` and `eager` take fewer tokens:
+# the first copies a matrix for each token and expert.
+ROWS: tuple[tuple[str, int, float, tuple[str, ...]], ...] = (
+    ("grouped_mm", 16, 1, ("lora", "pissa", "dora", "lora, dense", "lora x 8", "peft")),
+    ("grouped_mm", 4, 1, ("lora", "peft")),
+    ("batched_mm", 16, 1 / 64, ("lora", "dora", "lora x 8", "peft")),
+    ("eager", 16, 1 / 8, ("lora", "dora", "lora x 8", "peft")),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(lf.LoRA):
+    """LoRA that does not tell its factors."""
+
+    factors = lf.Variant.factors
+
+    def merged(self, weight, params):
+        # W + s B A
+        return weight.dense() + self.scale * params["B"] @ params["A"], weight.bias
+
+
+VARIANTS = {
+    "lora": lf.LoRA,
+    "pissa": partial(lf.PiSSA, svd="randomized"),  # the exact one of each expert takes minutes
+    "dora": lf.DoRA,
+    "lora, dense": Dense,
+}
+
+
+class Block(nn.Module):
+    """The experts of one layer of Qwen3-MoE."""
+
+    def __init__(self, implementation: str, options: argparse.Namespace):
+        super().__init__()
+        config = Qwen3MoeConfig(
+            num_experts=options.experts,
+            hidden_size=options.hidden,
+            moe_intermediate_size=options.width,
+        )
+        config._experts_implementation = implementation
+        self.experts = Qwen3MoeExperts(config)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return self.experts(x, ids, weights)
+
+
+def block(implementation: str, options: argparse.Namespace) -> Block:
+    """A frozen block with random weights, the same at each call."""
+    torch.manual_seed(0)
+    with torch.device(options.device):
+        made = (
+            Block(implementation, options).to(getattr(torch, options.dtype)).requires_grad_(False)
+        )
+        for parameter in made.parameters():
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return made
+
+
+def contender(
+    name: str, model: Block, batch: tuple[Tensor, ...], r: int
+) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """The forward of a contender and the tensors that it trains."""
+    if name == "base":
+        return lambda: model(*batch), []
+    if name == "peft":
+        names = ["experts.gate_up_proj", "experts.down_proj"]
+        config = peft.LoraConfig(r=r, lora_alpha=16, target_modules=[], target_parameters=names)
+        theirs = peft.get_peft_model(model, config)  # pyright: ignore  (any module does)
+        return lambda: theirs(*batch), [p for p in theirs.parameters() if p.requires_grad]
+    kind, _, several = name.partition(" x ")
+    variant: Any = VARIANTS[kind]
+    adapter, params = lf.adapt(model, variant(r=r), targets=TARGETS)
+    if several:
+        params = lf.stack([params] * int(several))
+    leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
+    return lambda: adapter(model, leaves, batch), list(leaves.values())
+
+
+def measure(
+    implementation: str, r: int, share: float, names: tuple[str, ...], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The rows of an implementation and a rank."""
+    tokens = int(options.tokens * share)
+    x = torch.randn(tokens, options.hidden, device=options.device)
+    x = x.to(getattr(torch, options.dtype)).requires_grad_()
+    scores = torch.randn(tokens, options.experts, device=options.device).softmax(-1)
+    weights, ids = scores.topk(options.top)
+    batch = (x, ids, (weights / weights.sum(-1, keepdim=True)).to(x.dtype))
+    frozen = block(implementation, options)
+    toward = torch.randn_like(x)
+    forwards, steps = {}, {}
+    for name in ("base", *names):
+        model = block(implementation, options) if name == "peft" else frozen
+        call, leaves = contender(name, model, batch, r)
+        forwards[name] = torch.no_grad()(call)
+        steps[name] = lambda call=call, own=(x, *leaves): torch.autograd.grad(call(), own, toward)
+    peaks = {name: peak(run) / 2**20 for name, run in steps.items()}
+    times = interleaved(forwards, options.rounds), interleaved(steps, options.rounds)
+    rows = []
+    for name in steps:
+        forward, step = (1e3 * statistics.median(each[name]) for each in times)
+        rows.append(
+            {
+                "contender": name,
+                "implementation": implementation,
+                "r": r,
+                "tokens": tokens,
+                "milliseconds": {"forward": forward, "step": step},
+                "time over base": {
+                    "forward": ratio(times[0], name, "base"),
+                    "step": ratio(times[1], name, "base"),
+                },
+                "mebibytes": peaks[name],
+                "mebibytes over base": peaks[name] - peaks["base"],
+                "seconds of each round": {"forward": times[0][name], "step": times[1][name]},
+            }
+        )
+        over = rows[-1]["time over base"]
+        print(
+            f"{implementation:10s} r={r:<2d} {tokens:4d} tokens  {name:11s}  "
+            f"forward {forward:7.2f} ms ({over['forward']:.2f}x)  "
+            f"step {step:7.2f} ms ({over['step']:.2f}x)  "
+            f"{peaks[name]:6.1f} MiB ({peaks[name] - peaks['base']:+.1f})",
+            flush=True,
+        )
+    return rows
+
+
+def peak(run: Callable[[], Any]) -> int:
+    """The most bytes that are allocated at a time while `run` runs, beyond those before it."""
+    if torch.cuda.is_available():
+        return peak_bytes(run)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            run()
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"]
+    changes.sort(key=lambda change: change[0])
+    return max(itertools.accumulate((size for _, size in changes), initial=0))
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
+    parser.add_argument("--experts", type=int, default=128 if cuda else 16)
+    parser.add_argument("--hidden", type=int, default=2048 if cuda else 1024)
+    parser.add_argument("--width", type=int, default=768 if cuda else 384)
+    parser.add_argument("--top", type=int, default=8 if cuda else 4, help="experts of a token")
+    parser.add_argument("--tokens", type=int, default=4096 if cuda else 1024)
+    parser.add_argument("--rounds", type=int, default=50 if cuda else 9)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = [row for given in ROWS for row in measure(*given, options)]
+    write("experts", rows, settings=vars(options))
+
+
+if __name__ == "__main__":
+    main()
