@@ -104,7 +104,7 @@ def embedding(  # noqa: PLR0917  (the arguments of torch)
         padding = (ids == padding_idx % weight.shape[0]).unsqueeze(-1)
         return torch.where(padding, rows.detach(), rows)  # F.embedding gives it no gradient
 
-    return weight.plus(out, input, change, axes=1)
+    return weight.plus(out, input, change)  # ids of one axis may be positions
 
 
 def convolution(  # noqa: PLR0917  (the arguments of torch)

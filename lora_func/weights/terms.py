@@ -132,7 +132,8 @@ def index(function: Any, W: Any, key: Any) -> Any:
     if not plain or not are_terms(W, *keys):
         return NotImplemented
     matrices = len(W.shape) - 2
-    if matrices == 0 and len(keys) == 1 and is_ids(keys[0]):
+    # With an example axis no: tables of positions are read so, which have no examples.
+    if matrices == 0 and len(keys) == 1 and is_ids(keys[0]) and W.n is None:
         dtype = W.base.dtype
         rows = lambda ids, left, right: left[ids].to(dtype) @ right.to(dtype)  # noqa: E731
         return W.plus(W.base[keys[0]], keys[0], rows, axes=1)
