@@ -54,7 +54,7 @@ ROWS: tuple[tuple[str, int, float, tuple[str, ...]], ...] = (
 class Dense(lf.LoRA):
     """LoRA that does not tell its factors."""
 
-    factors = lf.Variant.factors
+    factors: Any = lf.Variant.factors
 
     def merged(self, weight, params):
         # W + s B A

@@ -138,7 +138,7 @@ def test_what_people_adapt(name, tmp_path):
 def test_layers_that_are_read_and_never_called(name):
     case = ARCHITECTURES[name]
     model, batch = case.make().eval().requires_grad_(False), case.batch()
-    adapter, params = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(names=(case.read,)))
+    adapter, params = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(names=(str(case.read),)))
     advice = r"reads the weight of '([^']*)'.* Targets\(parameters=\('\1\.weight',\)\)"
     with pytest.raises(lf.LoraFuncError, match=advice):
         adapter(model, params, batch)
