@@ -16,6 +16,7 @@ from .engine.parameters import EMBEDDINGS, holders
 from .engine.targets import Targets, block_indices, matches, outer_layers
 from .errors import LoraFuncError
 from .libraries import torch_hooks
+from .weights.parameter import ParameterWeight
 from .weights.table import features, kind_of
 
 ROWS = 12  # of each kind that a printed table shows
@@ -112,6 +113,9 @@ def sizes_of(model: nn.Module) -> dict[str, int]:
     sizes = {}
     for path, (module, name) in holders(model).items():
         stored: Any = module._parameters[name]
+        if isinstance(stored, nn.UninitializedParameter):
+            problem = ParameterWeight(module, name, path).problem()
+            raise LoraFuncError(f"the parameter {path!r} {problem}")
         packed = name == "weight" and kind_of(module) and not stored.is_floating_point()
         sizes[path] = torch.Size(features(module)).numel() if packed else stored.numel()
     for path, module in model.named_modules():  # those that compute their weight, or hide it

@@ -103,24 +103,34 @@ def say_shared(model: nn.Module, found: Sequence[Found]) -> None:
             )
 
 
-def check_once(layers: Collection[str], parameters: Collection[str]) -> None:
-    """Raises LoraFuncError if a parameter belongs to a layer that is adapted too."""
-    for path in parameters:
-        if path.rpartition(".")[0] in layers and path.endswith(".weight"):
+def check_once(layers: Mapping[str, nn.Module], parameters: Mapping[str, ParameterWeight]) -> None:
+    """Raises LoraFuncError if a parameter is the weight of a layer that is adapted too."""
+    users = {id(layer._parameters.get("weight")): path for path, layer in layers.items()}
+    for path, parameter in parameters.items():
+        if id(parameter.stored) in users:
             raise LoraFuncError(
-                f"{path!r} is the weight of {path.rpartition('.')[0]!r}, which is adapted as a "
+                f"{path!r} is the weight of {users[id(parameter.stored)]!r}, which is adapted as a "
                 "layer: name one of the two"
             )
 
 
 def no_parameter(pattern: str, model: nn.Module, known: Sequence[str]) -> str:
     """Why a pattern matches no parameter, for an error."""
+    if held := second_holder(pattern, model):
+        return held
     parts = [part for path in known for part in (path.rsplit(".", 1)[-1], path)]
-    for path, module in model.named_modules(remove_duplicate=False):
-        for name, parameter in module._parameters.items():
-            if parameter is not None and re.search(pattern, f"{path}.{name}".removeprefix(".")):
-                first = next(p for p in known if model.get_parameter(p) is parameter)
-                return f" It is the tensor of {first!r}, which is adapted under that path"
     kinds = dict.fromkeys(re.sub(r"\d+", "N", path) for path in known)
     near = near_misses(pattern.strip("^$.\\"), parts)
     return f"{near} The parameters of {type(model).__name__} are {listing(kinds, limit=12)}"
+
+
+def second_holder(pattern: str, model: nn.Module) -> str:
+    """For an error: a parameter with two paths, of which a pattern matches the later one."""
+    first = {id(module._parameters[name]): path for path, (module, name) in holders(model).items()}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            own = f"{path}.{name}".removeprefix(".")
+            known = first.get(id(parameter), own)
+            if own != known and re.search(pattern, own):
+                return f" It is the tensor of {known!r}, which is adapted under that path"
+    return ""

@@ -58,7 +58,7 @@ class Parents:
             for holder in holders:
                 if (parent := caller(model, holder.place)) is not None:
                     self.targets.setdefault(parent, []).append(holder._site.path)
-        forms = {parent: form(model.get_submodule(parent)) for parent in self.targets}
+        forms = {parent: form(module_at(model, parent)) for parent in self.targets}
         old, self.forms = self.forms or forms, forms
         changed = [parent for parent in forms if forms[parent] != old[parent]]
         return {path for parent in changed for path in self.targets[parent]}
@@ -226,17 +226,29 @@ def caller(model: nn.Module, path: str) -> str | None:
     parent = path
     while parent:
         parent = parent.rpartition(".")[0]
-        try:
-            module = model.get_submodule(parent)
-        except AttributeError:  # inside of another adapted layer
+        module = module_at(model, parent)
+        if module is None:  # inside of another adapted layer
             return None
         if not isinstance(module, LISTS):
             return parent
     return None
 
 
-def form(module: nn.Module) -> tuple[Any, ...]:
+def module_at(model: nn.Module, path: str) -> Any:
+    """`model.get_submodule(path)` in a tenth of its time, as each call asks; None if it fails."""
+    module: Any = model
+    for name in path.split(".") if path else ():
+        inner = module._modules.get(name)
+        module = getattr(module, name, None) if inner is None else inner
+        if not isinstance(module, nn.Module):
+            return None
+    return module
+
+
+def form(module: nn.Module | None) -> tuple[Any, ...]:
     """What a module calls, as far as its attributes tell: children, kinds of helpers, switches."""
+    if module is None:  # removed
+        return ()
     held = vars(module)
     switches = [v for name, v in held.items() if (v is True or v is False) and name != "training"]
     return (*module._modules, *map(type, held.values()), *switches)

@@ -53,12 +53,13 @@ class Rebinding:
         if issubclass(kind, (nn.Module, Tensor)):  # not isinstance, which would ask a proxy object
             found = self.new.get(id(value), value)
             if isinstance(found, nn.Module) and issubclass(kind, Tensor):
-                if found._kept is not None:  # in a call
-                    return found.tensor()  # pyright: ignore  (it is an AdaptedTensor)
+                shown: Any = found  # an AdaptedTensor
+                if shown._kept is not None:  # in a call
+                    return shown.tensor()
                 raise LoraFuncError(
-                    "an attribute of a module refers to a parameter that is adapted, which a bound "
-                    "view cannot follow. Call the adapter instead: adapted_forward(model, params, "
-                    "batch)"
+                    f"an attribute of a module refers to the parameter {shown._site.path!r}, which "
+                    "is adapted, and a bound view cannot follow it. Call the adapter instead: "
+                    "adapted_forward(model, params, batch)"
                 )
             return found
         if self.done is None:

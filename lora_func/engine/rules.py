@@ -19,6 +19,7 @@ from .parameters import (
     holders,
     rows_or_kernel,
     say_shared,
+    second_holder,
 )
 from .sites import Found
 from .targets import Targets, check_pattern, second_path
@@ -55,7 +56,10 @@ def assign(
             if pattern not in first.values():
                 why = unused(pattern, chosen, targets, model)
                 raise LoraFuncError(f"the pattern {pattern!r} names no layer.{why}")
-    check_once(layers.keys() & chosen.keys(), parameters.keys() & chosen.keys())
+    check_once(
+        {path: layer for path, layer in layers.items() if path in chosen},
+        {path: weight for path, weight in parameters.items() if path in chosen},
+    )
     drop_second_sides(chosen, layers)
     weights = {path: weight_at(path, layer) for path, layer in layers.items() if path in chosen}
     weights |= parameters
@@ -71,6 +75,12 @@ def weight_at(path: str, layer: nn.Module) -> Any:
     """The weight of a layer: linear, or an embedding or a convolution."""
     if kind_of(layer) is not None:
         return read(path, layer)
+    if layer._parameters.get("weight") is None:
+        sources = [f"{path}.{name}" for name, _ in layer.named_parameters() if name != "bias"]
+        raise LoraFuncError(
+            f"{path!r} computes its weight from {listing(sources)}, as weight_norm does. Adapt "
+            f"one of these, as in Targets(parameters=({re.escape(sources[-1])!r},))"
+        )
     weight = ParameterWeight(layer, "weight", f"{path}.weight")
     if problem := weight.problem():
         raise LoraFuncError(f"the parameter {weight.path!r} {problem}")
@@ -93,8 +103,13 @@ def unused(pattern: str, chosen: Collection[str], targets: Targets, model: nn.Mo
     """Why a pattern of the rules names no layer, for an error."""
     linear = {path: module for path, module in model.named_modules() if kind_of(module)}
     left_out = [path for path in linear if re.search(pattern, path)]
+    left_out = left_out or [path for path in holders(model) if re.search(pattern, path)]
     if shadowed := [path for path in left_out if path in chosen]:
         return f" An earlier pattern takes {listing(shadowed)}"
     if left_out:
         return f" It matches {listing(left_out)}, which {targets!r} leaves out"
-    return second_path(pattern, model) or targets.hint(pattern, linear)
+    return (
+        second_path(pattern, model)
+        or second_holder(pattern, model)
+        or targets.hint(pattern, linear)
+    )

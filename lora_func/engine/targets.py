@@ -108,7 +108,7 @@ class Targets:
                 continue
             if self.names and not matches(self.names, path):
                 continue
-            if not self.admits(path, blocks):
+            if not self.admits(path, blocks) or matches(self.exclude, f"{path}.weight"):
                 continue
             named = matches(asked, path)
             if not matches(self.names, path) and matches(self.parameters, f"{path}.weight"):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, vmap
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import LoraFuncError
 from ..libraries.functorch import in_backward, in_transform
@@ -111,18 +112,21 @@ class AdaptedTensor(Holder):
     _weight: ParameterWeight
     _kept: Shown | None
     _running: set[int]  # threads in which a forward of the view runs
+    _copies: int | None  # how often its entries come, one after the other (see `apart`)
 
     def __init__(
         self, weight: ParameterWeight, site: Site, params: Mapping[str, Tensor], keep: bool
     ):
         super().__init__()
-        self.hold(site, params, keep)
+        # The base first: a model may take the dtype of its first parameter for its own.
         base = twin(weight.stored) if keep else weight.stored.detach()
         self._parameters["base"] = base  # pyright: ignore  (a frozen parameter)
+        self.hold(site, params, keep)
         self.__dict__["training"] = weight.module.training
         self.__dict__["_weight"] = weight.held_by(self, "base")
         self.__dict__["_running"] = set()
         self.__dict__["_read"] = False
+        self.__dict__["_copies"] = None
         self.__dict__["_keep"] = keep
         self.__dict__["_kept"] = None if keep else Shown(self.made(), False, ())
 
@@ -150,12 +154,19 @@ class AdaptedTensor(Holder):
             return kept.tensor
         if in_transform():
             return self.made()
-        if kept is not None and (self.runs() or in_backward() or self.serves(kept)):
+        if kept is not None and (self.runs() or self.recomputes(kept) or self.serves(kept)):
             return kept.tensor
         made = Shown(self.made(), self.trains(), self.sources())
         if not made.trains:
             self.__dict__["_kept"] = made
         return made.tensor
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Raises LoraFuncError: it is called where a module runs whatever its children are."""
+        raise LoraFuncError(
+            f"{self._site.path!r}: its module calls all of its children, and an adapted parameter "
+            "is one of them. Leave it out of the targets"
+        )
 
     def begin(self) -> None:
         """Before a forward of the view."""
@@ -177,7 +188,23 @@ class AdaptedTensor(Holder):
 
     def made(self) -> Tensor:
         """The tensor, made anew."""
-        return shown(self._site, self._weight, self.plain())
+        if torch.compiler.is_compiling() or in_transform():  # which take no hooks
+            return self.shown()
+        # Activation checkpointing counts what is saved for backward, in both of its runs. If only
+        # one of them makes the tensor, what that saves must not count.
+        with saved_tensors_hooks(lambda t: t, lambda t: t):
+            return self.shown()
+
+    def shown(self) -> Tensor:
+        """The tensor as its module sees it."""
+        made = shown(self._site, self._weight, self.plain())
+        return made if self._copies is None else virtual(made, self._copies, self._site.path)
+
+    def apart(self, n: int) -> None:
+        """Repeats each entry for n examples, of which other stacks of its module have their own."""
+        self.__dict__["_copies"] = n
+        if self._kept is not None:
+            self.__dict__["_kept"] = self._kept._replace(tensor=self.made())
 
     def runs(self) -> bool:
         """Whether a forward of the view runs in this thread."""
@@ -187,6 +214,10 @@ class AdaptedTensor(Holder):
         """Whether what is made now has gradients."""
         grad = torch.is_grad_enabled()
         return grad and any(leaf.requires_grad for leaf in self.leaves().values())
+
+    def recomputes(self, kept: Shown) -> bool:
+        """Whether checkpointing runs a part again that needs what the forward had."""
+        return in_backward() and (kept.trains or not self.trains())
 
     def sources(self) -> tuple[tuple[Any, ...], ...]:
         """The state of each tensor that the parameter is made from."""
@@ -210,10 +241,16 @@ class Shown(NamedTuple):
 
 
 def experts_apart(tensors: Sequence[AdaptedTensor]) -> dict[str, int]:
-    """Path of each module with stacks that have an example axis -> the number of examples."""
+    """Path of each module with stacks that have an example axis -> the number of examples.
+
+    What else of such a module is adapted, without the axis, is repeated for each example.
+    """
     found = {}
     for tensor in tensors:
         n = tensor.examples()
         if n is not None and tensor._weight.layout.is_stack:
-            found[tensor._weight.path.rpartition(".")[0]] = n
+            found[tensor.place] = n
+    for tensor in tensors:
+        if tensor.place in found and tensor.examples() is None:
+            tensor.apart(found[tensor.place])
     return found

@@ -76,7 +76,7 @@ def make_view(
         own_names = list(attributes) if structure.traced else attributes.keys() - MODULE_STATE
         for name in own_names:
             value = attributes[name]
-            if name not in MODULE_STATE and type(value) not in PLAIN:
+            if name not in MODULE_STATE and type(value) not in PLAIN and name not in own:
                 if name == "forward":
                     check_globals(value, rebinding, module)
                 copy.__dict__[name] = rebinding.attribute(value)
@@ -149,6 +149,8 @@ class Structure:
                 own["_buffers"] = {**module._buffers, **buffers}
             if children or shown:
                 own |= torch_hooks.without_fused_path(module)
+            if shown:
+                own |= torch_hooks.without_lists(module)
             self.copies.append((module, replacement, own))
         if path in self.missing:
             del self.missing[path]
@@ -242,9 +244,20 @@ def showing(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     def shows(name: str) -> property:
         return property(lambda module: module._modules[name].tensor())
 
+    def reduced(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return (empty, (kind, names), *kind.__reduce_ex__(module, protocol)[2:])  # pyright: ignore
+
     if (kind, names) not in CLASSES:
-        CLASSES[kind, names] = type(kind.__name__, (kind,), {name: shows(name) for name in names})
+        own: dict[str, Any] = {name: shows(name) for name in names}
+        own |= torch_hooks.lists_made(kind)
+        own |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        CLASSES[kind, names] = type(kind.__name__, (kind,), {**own, "__reduce_ex__": reduced})
     return CLASSES[kind, names]
+
+
+def empty(kind: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    """A module of such a class, for pickle, which finds classes by their names."""
+    return object.__new__(showing(kind, names))
 
 
 class StandIn(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,12 +25,21 @@ RELIES_ON = {
     "torch.nn.utils.parametrize": (
         "_cache_enabled",
         "is_parametrized",
+        "source:hasattr(self, str(curr_idx))",
         "source:module.parametrizations[",
     ),
     "torch.nn.utils.prune": ("source:_tensor_name",),
     "torch.nn.utils.spectral_norm": ("source:self.name = name", "source:def __call__(self, module"),
     "torch.nn.utils.weight_norm": ("source:self.name = name", "source:def __call__(self, module"),
     "torch.nn.modules.transformer": ("source:activation_relu_or_gelu",),
+    "torch.nn.modules.rnn": (
+        "source:self._flat_weights_names",
+        "source:self._flat_weight_refs",
+        "source:weight is not None and ref is not None",
+        "source:_VF.lstm(",
+        "source:self._flat_weights,",
+        "RNNBase.flatten_parameters",
+    ),
     "torch.nn.modules.conv": ("_ConvNd", "_ConvTransposeNd"),
     "torch.nn.modules.batchnorm": ("_NormBase", "source:track_running_stats"),
 }
@@ -121,6 +130,48 @@ def without_fused_path(module: nn.Module) -> dict[str, Any]:
     In eval mode nn.TransformerEncoderLayer hands the weights of linear1 and linear2 to a kernel.
     """
     return {"activation_relu_or_gelu": 0} if isinstance(module, nn.TransformerEncoderLayer) else {}
+
+
+def runs_children(module: nn.Module) -> bool:
+    """Whether a module is a container: its children are counted, and called one after the other.
+
+    Of a ParametrizationList, which is one too, torch asks for each by its number.
+    """
+    containers = nn.Sequential, nn.ModuleList, nn.ModuleDict
+    return isinstance(module, containers) and not isinstance(
+        module, parametrize.ParametrizationList
+    )
+
+
+LISTS = ("_flat_weights", "_flat_weight_refs")  # in which an nn.LSTM keeps its parameters too
+
+
+def without_lists(module: nn.Module) -> dict[str, Any]:
+    """Attributes for a copy of `module` whose class is to have `lists_made`."""
+    return {name: [] for name in LISTS} if isinstance(module, nn.RNNBase) else {}
+
+
+def lists_made(kind: type[nn.Module]) -> dict[str, Any]:
+    """For a subclass of `kind`: the lists of an nn.LSTM and its kin, made from its attributes.
+
+    Without references to look at, it takes them for up to date. Its weights cannot lie in one
+    piece of memory, so cuDNN copies them there in each call, and flattening them does nothing.
+    """
+    if not issubclass(kind, nn.RNNBase):
+        return {}
+
+    def listed(name: str, item: Callable[[Any, str], Any]) -> property:
+        return property(
+            lambda module: [item(module, weight) for weight in module._flat_weights_names],
+            lambda module, _: module.__dict__.update({name: []}),  # torch's own lists are not kept
+        )
+
+    weights, references = LISTS
+    return {
+        weights: listed(weights, getattr),
+        references: listed(references, lambda module, weight: None),
+        "flatten_parameters": lambda module: None,
+    }
 
 
 def is_stateless(module: nn.Module) -> bool:

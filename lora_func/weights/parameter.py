@@ -29,7 +29,9 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, module: nn.Module, name: str) -> Layout:
         """Of the parameter `name` of a module."""
-        stored = tuple(module._parameters[name].shape)  # pyright: ignore  (it has one)
+        P: Any = module._parameters[name]
+        lazy = isinstance(P, nn.UninitializedParameter)  # without a shape; see `problem`
+        stored = () if lazy else tuple(P.shape)
         if torch_hooks.is_convolution(module) and name == "weight":
             return cls(stored, torch_hooks.is_transposed_convolution(module), kernel=True)
         conv1d = transformers.is_conv1d(module) and name == "weight"
@@ -109,8 +111,18 @@ class ParameterWeight(Weight):
     def problem(self) -> str | None:
         """Why the parameter cannot be adapted, as the rest of "'path' ..", or None."""
         stored, kind = self.stored, type(self.module).__name__
-        if nn.parameter.is_lazy(stored):
+        if isinstance(stored, nn.UninitializedParameter):
             return f"of a {kind} has no values yet: run the model once, then adapt it"
+        if torch_hooks.runs_children(self.module):
+            return (
+                f"of a {kind} cannot be adapted: it would stand among the parts that the {kind} "
+                "counts and runs. Give it a module of its own"
+            )
+        if getattr(self.module, "max_norm", None) is not None:
+            return (
+                f"of a {kind} is written to in each call, which scales rows down to "
+                f"max_norm={self.module.max_norm}, and an adapted one takes no write"
+            )
         if accelerate.offloading(self.module) is not None:
             return (
                 f"of a {kind} is offloaded by accelerate, which puts it into the module at each "
