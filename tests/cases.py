@@ -184,8 +184,9 @@ CASES = {
         peft=Peft({"v": ("tinylora_v.default.0", same)}, {"u": 5}, constants=TINY),
     ),
     "tinylora-shared": Case(lambda r: lf.TinyLoRA(r=r, n=5, share=True), fitting, **second),
-    "loha": Case(lf.LoHa, products=8, peft=Peft(HADAMARD, {"alpha": 8})),
-    "abba": Case(lf.ABBA, fitting, products=8),
+    # Their one product has rank r², 16 at the rank 4 at which `products` is read.
+    "loha": Case(lf.LoHa, products=4, peft=Peft(HADAMARD, {"alpha": 8})),
+    "abba": Case(lf.ABBA, fitting, products=4),
     "miss": Case(
         lf.MiSS,
         up_to(lambda o, i: i),
