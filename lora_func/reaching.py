@@ -90,7 +90,10 @@ def reach(model: nn.Module, targets: Targets | Adapter = Targets()) -> Reach:
         LoraFuncError: targets that match nothing, as for `adapt`.
     """
     if isinstance(targets, Adapter):
-        sites = {path: base.tensor or f"{path}.weight" for path, base in targets.base.items()}
+        sites = {
+            path: base.tensor or f"{path}.weight".removeprefix(".")
+            for path, base in targets.base.items()
+        }
         trainable, rules = sum(s.numel() for s in targets.shapes.values()), Targets()
     elif isinstance(targets, Targets):
         sites = {path: f"{path}.weight".removeprefix(".") for path in targets.find(model)}

@@ -426,3 +426,18 @@ def test_a_base_that_changed_is_told():
     model.load_state_dict(lf.merge(adapter, model, params), strict=False)
     with pytest.warns(UserWarning, match="the weight of 'experts.up' is not the one"):
         adapter(model, params, IDS)
+
+
+def test_roles_are_those_of_layers():
+    targets = lf.Targets(parameters=("experts",), roles=("reader",))
+    with pytest.raises(lf.LoraFuncError, match="names parameters alone: leave roles= out"):
+        lf.adapt(zoo(), LORA, targets=targets)
+
+
+def test_a_pattern_for_layers_that_names_parameters_too():
+    """It would adapt less than was asked. A pattern for whole parts of a model says nothing."""
+    model = tiny_llama()
+    with pytest.warns(UserWarning, match=r"also the parameters '.*norm.weight'.* left out"):
+        lf.adapt(model, {"q_proj|norm": lf.Full()})
+    for pattern in ("q_proj", r"layers\.0", ".", "self_attn"):
+        lf.adapt(model, {pattern: LORA})

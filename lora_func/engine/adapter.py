@@ -25,7 +25,8 @@ from .holder import entries_of
 from .keys import SHARED, by_path, key_mismatch
 from .layer import AdaptedLayer, check_bare
 from .leaves import blank, check_stats, draw
-from .messages import explained, missing_modules, missing_parameter
+from .messages import explained, missing_modules
+from .parameters import parameter_of
 from .reach import Reach, View
 from .refused import check_base
 from .sites import Base, Found, Site
@@ -400,33 +401,6 @@ class Adapter:
         parts = self.variants, self.shapes, self.frozen, self.base
         make = functools.partial(Adapter, dropout=self.dropout)
         return make, (*map(dict, parts), self.dtype)
-
-
-def parameter_of(model: nn.Module, path: str, base: Base) -> ParameterWeight:
-    """The parameter of `model` that is the target at `path`.
-
-    Raises LoraFuncError if it is missing, has another layout, or cannot be adapted.
-    """
-    parts = str(base.tensor).split(".")
-    module: Any = model
-    for part in parts[:-1]:
-        module = None if module is None else module._modules.get(part)
-    if module is None or module._parameters.get(parts[-1]) is None:
-        raise LoraFuncError(missing_parameter(model, str(base.tensor)))
-    weight = ParameterWeight(module, parts[-1], str(base.tensor))
-    layout = weight.layout
-    if layout.shape != base.shape or layout.transposed != base.transposed:
-        turned = {True: ", held transposed", False: ""}
-        raise LoraFuncError(
-            f"the parameter {path!r} is {layout.shape}{turned[layout.transposed]} in this "
-            f"{type(model).__name__}, but was {base.shape}{turned[base.transposed]} in the model "
-            "that the adapter was made for"
-        )
-    # A trace cannot ask for all of it, and a model that is compiled was called before.
-    problem = None if torch.compiler.is_compiling() else weight.problem()
-    if problem is not None:
-        raise LoraFuncError(f"the parameter {path!r} {problem}")
-    return weight
 
 
 def check_model(model: Any) -> None:

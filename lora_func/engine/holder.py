@@ -40,7 +40,7 @@ class Holder(nn.Module):
     @property
     def stored(self) -> Tensor | None:
         """The tensor of the base that the target adapts; None if its layer computes it."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: a layer and a parameter hold it in other places
 
     def leaves(self) -> dict[str, Tensor]:
         """The trainable leaves, by short name."""

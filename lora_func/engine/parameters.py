@@ -6,14 +6,17 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import LoraFuncError, listing, near_misses
 from ..libraries import torch_hooks
 from ..variant import Variant
 from ..weights.parameter import ParameterWeight
-from .sites import Found
+from .messages import missing_parameter
+from .sites import Base, Found
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -44,6 +47,33 @@ def rows_or_kernel(model: nn.Module, asked: Collection[str]) -> dict[str, nn.Mod
             if any(re.search(p, path) and not re.search(p, masked) for p in asked):
                 found[path] = module
     return found
+
+
+def parameter_of(model: nn.Module, path: str, base: Base) -> ParameterWeight:
+    """The parameter of `model` that is the target at `path`.
+
+    Raises LoraFuncError if it is missing, has another layout, or cannot be adapted.
+    """
+    parts = str(base.tensor).split(".")
+    module: Any = model
+    for part in parts[:-1]:
+        module = None if module is None else module._modules.get(part)
+    if module is None or module._parameters.get(parts[-1]) is None:
+        raise LoraFuncError(missing_parameter(model, str(base.tensor)))
+    weight = ParameterWeight(module, parts[-1], str(base.tensor))
+    layout = weight.layout
+    if layout.shape != base.shape or layout.transposed != base.transposed:
+        turned = {True: ", held transposed", False: ""}
+        raise LoraFuncError(
+            f"the parameter {path!r} is {layout.shape}{turned[layout.transposed]} in this "
+            f"{type(model).__name__}, but was {base.shape}{turned[base.transposed]} in the model "
+            "that the adapter was made for"
+        )
+    # A trace cannot ask for all of it, and a model that is compiled was called before.
+    problem = None if torch.compiler.is_compiling() else weight.problem()
+    if problem is not None:
+        raise LoraFuncError(f"the parameter {path!r} {problem}")
+    return weight
 
 
 def check_site(path: str, variant: Variant, weight: ParameterWeight) -> None:
@@ -86,6 +116,28 @@ def drop_second_sides(chosen: dict[str, Variant], layers: Mapping[str, nn.Module
                     f"rules name {chosen[table]} and {chosen[path]}"
                 )
             del chosen[path]
+
+
+def say_passed_over(
+    patterns: Collection[str], taken: Collection[str], known: Collection[str]
+) -> None:
+    """Warns of parameters that a pattern names beside layers: it is one for layers then.
+
+    As for embeddings, what names one is the last part of the path, of its module or its own.
+    """
+    left = []
+    for path in known:
+        parts = path.split(".")
+        if path not in taken and ".".join(parts[:-1]) not in taken:
+            masked = ".".join([*parts[:-2], "\0", "\0"])
+            if any(re.search(p, path) and not re.search(p, masked) for p in patterns):
+                left.append(path)
+    if left:
+        warnings.warn(
+            f"a pattern names layers, and also the parameters {listing(left)}, which are left out. "
+            "Name these by a pattern of their own, or as Targets(parameters=..)",
+            stacklevel=5,
+        )
 
 
 def say_shared(model: nn.Module, found: Sequence[Found]) -> None:

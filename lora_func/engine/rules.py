@@ -18,6 +18,7 @@ from .parameters import (
     drop_second_sides,
     holders,
     rows_or_kernel,
+    say_passed_over,
     say_shared,
     second_holder,
 )
@@ -47,6 +48,7 @@ def assign(
         of_parameters = [p for p in rest if any(re.search(p, path) for path in known)]
         parameters = targets.find_parameters(model, of_parameters)
         layers = targets.find(model, of_layers) if of_layers else {}
+        say_passed_over(of_layers, [*named, *parameters], known)
         first = {
             path: next((p for p in rules if re.search(p, path)), None)
             for path in (*layers, *parameters)

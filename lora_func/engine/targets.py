@@ -94,6 +94,11 @@ class Targets:
         blocks = block_indices(model, {**linear, **others})
         self.check_layers(model, blocks)
         if self.parameters and not asked:
+            if self.roles is not None:
+                raise LoraFuncError(
+                    f"roles={self.roles} are those of layers, and {self!r} names parameters alone: "
+                    "leave roles= out, or name layers too"
+                )
             return {}
         uncalled = torch_hooks.uncalled_layers(model)
         outer = outer_layers(model, linear, blocks)

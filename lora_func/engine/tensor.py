@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, vmap
-from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import LoraFuncError
 from ..libraries.functorch import in_backward, in_transform
@@ -17,6 +16,7 @@ from ..variant import Variant, Weight
 from ..weights.experts import virtual
 from ..weights.low_rank import LowRank
 from ..weights.parameter import ParameterWeight
+from ..weights.terms import uncounted
 from . import stack
 from .examples import Entries
 from .holder import Holder, are_current, marks
@@ -92,13 +92,7 @@ def factors_of(
 
     with autocast_off(W.device):
         found = vmap(of_one)(*(params[name] for name in own)) if own else of_one()
-    if not found:
-        return None
-    A, B = found
-    if own:  # a factor that does not depend on the example has its axis too, without memory
-        n = params[own[0]].shape[0]
-        A, B = (t if t.shape[0] == n else t.expand(n, *t.shape) for t in (A, B))
-    return A, B
+    return (found[0], found[1]) if found else None
 
 
 class AdaptedTensor(Holder):
@@ -188,12 +182,7 @@ class AdaptedTensor(Holder):
 
     def made(self) -> Tensor:
         """The tensor, made anew."""
-        if torch.compiler.is_compiling() or in_transform():  # which take no hooks
-            return self.shown()
-        # Activation checkpointing counts what is saved for backward, in both of its runs. If only
-        # one of them makes the tensor, what that saves must not count.
-        with saved_tensors_hooks(lambda t: t, lambda t: t):
-            return self.shown()
+        return self.shown() if torch.compiler.is_compiling() else uncounted(self.shown)
 
     def shown(self) -> Tensor:
         """The tensor as its module sees it."""

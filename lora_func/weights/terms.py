@@ -58,13 +58,7 @@ class Terms:
             )
         self.check_grad()
         if "sum" not in self.kept:
-            if in_transform():  # which takes no hooks
-                self.kept["sum"] = self.form()
-            else:
-                # Activation checkpointing counts what is saved for backward, in both of its runs.
-                # Only the first makes the sum, so what that saves must not count.
-                with saved_tensors_hooks(lambda t: t, lambda t: t):
-                    self.kept["sum"] = self.form()
+            self.kept["sum"] = uncounted(self.form)
         return self.kept["sum"]
 
     def plus(
@@ -111,6 +105,18 @@ class Terms:
                 "model moves its examples before (time first, tokens flattened, positions). Leave "
                 "it out of the targets, or give it parameters without the example axis"
             )
+
+
+def uncounted(make: Callable[[], Tensor]) -> Tensor:
+    """`make()`, for a tensor that is kept.
+
+    Activation checkpointing counts what is saved for backward, in both of its runs. Only one of
+    them makes the tensor, so what that saves must not count.
+    """
+    if in_transform():  # which takes no hooks
+        return make()
+    with saved_tensors_hooks(lambda t: t, lambda t: t):
+        return make()
 
 
 def are_terms(W: Any, *others: Any, kernel: bool = False) -> bool:
