@@ -253,11 +253,12 @@ def check_qwen3(variants: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[s
             whole = adapter
         times = 28 if whole is adapter else 1
         count = times * sum(shape.numel() for shape in whole.shapes.values())
-        declared = times * sum(
-            math.prod(variant.card.shapes(variant, base.shape)[key.rpartition("lora_")[2]])
-            for path, base in whole.base.items()
-            for key in whole.keys_of(path)  # a layer without a bias has fewer
-        )
+        sizes: dict[str, int] = {}  # by key, because layers may share a leaf
+        for path, base in whole.base.items():
+            shapes = variant.card.shapes(variant, base.shape, bias=False)
+            keys = {key.rpartition("lora_")[2]: key for key in whole.keys_of(path)}
+            sizes |= {keys[name]: math.prod(shape) for name, shape in shapes.items()}
+        declared = times * sum(sizes.values())
         if count != declared:
             broken.append(f"{name}: {declared:,} parameters on {MODEL}, not {count:,}")
         for path in adapter.targets:

@@ -29,7 +29,10 @@ def markdown(rows: list[list[str]], headers: list[str]) -> str:
 
 def trainable(card: lf.Card) -> str:
     """ "A `[r, d_in]`, B `[d_out, r]`", in the spelling of the papers."""
-    pretty = {n: s.replace(" // ", " / ").replace(" * ", " ") for n, s in card.trainable.items()}
+    pretty = {
+        name: text.partition(" if ")[0].replace(" // ", " / ").replace(" * ", " ")
+        for name, text in card.trainable.items()
+    }
     return ", ".join(f"{name} `[{shape}]`" for name, shape in pretty.items()) or "nothing"
 
 

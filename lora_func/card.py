@@ -61,7 +61,9 @@ class Card:
     ) -> dict[str, tuple[int, ...]]:
         """Leaf -> its shape as `trainable` declares it, for a layer of `shape` (d_out, d_in).
 
-        `known`: values of other names. A rank r_l that depends on data is r unless it is given.
+        A leaf with a None in its shape is one that the layer does not have. `known`: values of
+        other names, such as `bias`, whether the layer has one. A rank r_l that depends on data is r
+        unless it is given.
         """
 
         class Scope(dict[str, int]):
@@ -69,10 +71,11 @@ class Card:
                 return getattr(variant, "r" if name == "r_l" else name)
 
         scope = Scope(d_out=shape[0], d_in=shape[1], **known)
-        return {
+        shapes = {
             name: eval(f"({text},)" if text else "()", {"__builtins__": {}}, scope)
             for name, text in self.trainable.items()
         }
+        return {name: shape for name, shape in shapes.items() if None not in shape}
 
     @staticmethod
     def suggested(kind: Any, r: int) -> Any:

@@ -305,9 +305,12 @@ def leaves_are_those_of_the_card(layer: Layer) -> None:
     card = layer.variant.card
     if not card.trainable:
         return
-    # The rank may depend on data.
-    known = {"r_l": len(layer.init["A"])} if "A" in layer.names else {}
+    known: dict[str, int] = {"bias": layer.weight.bias is not None}
+    if "A" in layer.names:
+        known["r_l"] = len(layer.init["A"])  # the rank may depend on data
     declared = card.shapes(layer.variant, layer.weight.shape, **known)
+    for name in declared:
+        expect(name in layer.names, f"the card declares {name}, which the layer does not have")
     for name in layer.names:
         expect(name in declared, f"the card does not declare {name}")
         shape = tuple(layer.init[name].shape)

@@ -45,7 +45,7 @@ class AntiPaSTORotation(Turned):
         authors="Clark 2026",
         source="2601.07473",
         formula="base_out + x (U ((S + c ds) R - S) V)ᵀ",
-        trainable={"ds": "r", "rot": "r // block_size, block_size * (block_size - 1) // 2"},
+        trainable={"ds": "r", "rot": "rotations, block_size * (block_size - 1) // 2"},
         reads="init",
         data="optional",
         lr=1e-2,
@@ -77,14 +77,19 @@ class AntiPaSTORotation(Turned):
             )
 
     @property
+    def rotations(self):
+        """The number of rotations, or None."""
+        return None if self.rotate_basis == "none" else self.r // self.block_size
+
+    @property
     def statistic(self):
         return Projections(pool="mean_abs")
 
     def init(self, weight, generator, stats=None):
         U, S, V = strongest_svd(self, weight, stats)
-        n, b = self.r // self.block_size, self.block_size
+        n, b = self.rotations, self.block_size
         trainable = {"ds": torch.zeros(self.r, dtype=torch.float32)}
-        if self.rotate_basis != "none":
+        if n is not None:
             trainable["rot"] = torch.zeros(n, b * (b - 1) // 2, dtype=torch.float32)
         return Params(trainable, frozen={"U": U, "S": S, "V": V})
 

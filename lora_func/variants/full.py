@@ -37,7 +37,7 @@ class Full(Variant):
         authors="Zaken et al. 2021",
         source="2106.10199",
         formula="base_out + x Dᵀ + d",
-        trainable={"D": "d_out, d_in", "d": "d_out"},
+        trainable={"D": "d_out, d_in", "d": "d_out if bias else None"},
         reads="nothing",
         any_shape=True,
         lr=1e-4,
