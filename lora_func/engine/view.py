@@ -182,7 +182,7 @@ class Structure:
         return {
             name: self.tensors[id(parameter)]
             for name, parameter in module._parameters.items()
-            if isinstance(self.tensors.get(id(parameter)), nn.Module)
+            if parameter is not None and isinstance(self.tensors.get(id(parameter)), nn.Module)
         }
 
     def buffers(self, module: nn.Module, apart: bool) -> dict[str, Tensor]:

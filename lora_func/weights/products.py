@@ -62,22 +62,51 @@ def product_plus(
     return W.plus(out, x, lambda x, left, right: (alpha * (x @ left)) @ right)
 
 
+# Groups of rows that torch's kernel on a GPU takes in one call.
+MOST_GROUPS = 1023
+
+
 def grouped(function: Any, x: Tensor, W: Any, offs: Any = None, **options: Any) -> Any:
     """`x[offs[e - 1] : offs[e]] @ W[e]`, for all e in one kernel."""
     stack = are_terms(W, x) and len(W.shape) == 3 and W.n is None
     if not stack or offs is None or x.dim() != 2:
         return NotImplemented
-    n = W.neighbours
-    ends = offs if n == 1 else offs[n - 1 :: n].contiguous()  # of the groups of the base
-    out = function(x, W.base, offs=ends, **options)
-    pad = -W.rank % (16 // x.element_size())  # the kernel takes rows of a multiple of 16 bytes
+    out = function(x, W.base, offs=last_of_each(W.neighbours, offs), **options)
+    m = joined(W.shape[0], W.neighbours)
+    pad = -m * W.rank % (16 // x.element_size())  # the kernel takes rows of multiples of 16 bytes
 
     def change(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        # m neighbours are one group: their factors side by side, [E / m, d_in, m r].
+        left = left.unflatten(0, (-1, m)).movedim(1, -2).flatten(-2)
+        right = right.unflatten(0, (-1, m)).flatten(1, 2)
         if pad:
             left, right = F.pad(left, (0, pad)), F.pad(right, (0, 0, 0, pad))
-        return function(function(x, left, offs=offs), right, offs=offs)
+        ends = last_of_each(m, offs)
+        inner = function(x, left, offs=ends)
+        if m > 1:
+            inner = inner * own_block(x.shape[0], offs, m, W.rank, pad)
+        return function(inner, right, offs=ends)
 
     return W.plus(out, x, change)
+
+
+def last_of_each(m: int, offs: Tensor) -> Tensor:
+    """The ends of groups that join m neighbours each."""
+    return offs if m == 1 else offs[m - 1 :: m].contiguous()
+
+
+def joined(groups: int, neighbours: int) -> int:
+    """How many neighbours are to be one group, so that the kernel takes all of the groups."""
+    divisors = (m for m in range(1, neighbours + 1) if neighbours % m == 0)
+    return next((m for m in divisors if groups // m <= MOST_GROUPS), neighbours)
+
+
+def own_block(rows: int, offs: Tensor, m: int, r: int, pad: int) -> Tensor:
+    """Whether a column of `[rows, m r + pad]` is of the neighbour that the row belongs to."""
+    row = torch.arange(rows, device=offs.device, dtype=offs.dtype)
+    neighbour = torch.searchsorted(offs, row, right=True) % m
+    column = torch.arange(m * r + pad, device=offs.device) // r
+    return neighbour.unsqueeze(-1) == column
 
 
 def embedding(  # noqa: PLR0917  (the arguments of torch)
