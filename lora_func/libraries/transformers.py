@@ -91,6 +91,7 @@ def is_conv1d(module: Any) -> bool:
 # Outside of its registry of experts: the stacks that a class uses as `x @ W`.
 TRANSPOSED = {
     "Llama4TextExperts": ("gate_up_proj", "down_proj"),
+    "AriaGroupedExpertsGemm": ("weight",),  # before 5.18
     "GroupedLinearLayer": ("weight",),  # ConvBERT
     "CsmCodebooksHead": ("weight",),
     "RecurrentGemmaRglru": ("input_gate_weight", "recurrent_gate_weight"),
