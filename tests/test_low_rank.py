@@ -41,7 +41,7 @@ from lora_func.libraries.transformers import TRANSPOSED, holds_transposed
 from lora_func.weights.experts import virtual, virtual_experts
 from lora_func.weights.low_rank import LowRank
 from lora_func.weights.parameter import Layout
-from lora_func.weights.products import joined
+from lora_func.weights.products import together
 
 r = 3
 aria: Any = importlib.import_module("transformers.models.aria.modeling_aria")
@@ -240,6 +240,14 @@ def test_grouped_products(name, transposed, dtype, rank):
     assert_same(run, P, (A, B), layout, x, atol=tolerance, rtol=tolerance / 10)
 
 
+def test_how_many_neighbours_are_a_group():
+    assert together(groups=64, neighbours=8, cheap=1) == 1
+    assert together(groups=64, neighbours=8, cheap=5) == 4
+    assert together(groups=64, neighbours=8, cheap=100) == 8
+    assert together(groups=64 * 24, neighbours=24, cheap=1) == 2
+    assert together(groups=2048 * 3, neighbours=3, cheap=1) == 3  # the kernel says why it cannot
+
+
 @pytest.mark.parametrize(("n", "m"), [(8, 1), (24, 2), (31, 31)])
 def test_more_groups_than_the_kernel_takes(n, m):
     """64 experts for each of n examples: m neighbours are one group, exactly."""
@@ -247,7 +255,7 @@ def test_more_groups_than_the_kernel_takes(n, m):
     layout = Layout((E, 16, 8), transposed=False)
     P, pair = torch.randn(E, 16, 8), factors(layout, n, dtype=torch.float32)
     W = virtual(fast(P, *pair, layout, n), n, "m.weight")
-    assert joined(E * n, n) == m
+    assert together(E * n, n, 1) == m
     group = torch.randint(E * n, (rows,)).sort().values
     offs = torch.searchsorted(group, torch.arange(E * n), right=True).int()
     x = normal(rows, 8, dtype=torch.float32)

@@ -1,7 +1,7 @@
 """The example axis: functions of one layer, run for each example of a batch.
 
 A leaf with one axis more than its own shape holds an entry for each example. Then the variant's
-functions run under a `torch.vmap` that the model around never sees: it runs once, with its fused
+functions run under a vmap that the model around never sees: it runs once, with its fused
 attention and its masks, on the whole batch.
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, vmap
+from torch import Tensor
 
-from ..libraries.functorch import is_batched
+from ..libraries.functorch import is_batched, over_first_axis
 from ..variant import Prepared, Variant, Weight
 
 
@@ -32,8 +32,7 @@ class Entries(NamedTuple):
 def each(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], entries: Entries) -> Tensor:
     """`function(*inputs, params)`; with an example axis, of each example by its own entry.
 
-    What all examples share goes in by closure: `torch.vmap` takes longer over a pytree than a
-    variant over its kernels.
+    What all examples share goes in by closure.
     """
     params, own, _ = entries
     if not own:
@@ -46,10 +45,10 @@ def each(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], entries: E
     leaves = [params[name] for name in own]
     n = leaves[0].shape[0]
     if inputs[0].shape[0] == n:
-        return vmap(of_one)(*inputs, *leaves)
+        return over_first_axis(of_one, *inputs, *leaves)
     # The rows of an example stand together, as its beams do.
     grouped = (x.unflatten(0, (n, -1)) for x in inputs)
-    return vmap(of_one)(*grouped, *leaves).flatten(0, 1)
+    return over_first_axis(of_one, *grouped, *leaves).flatten(0, 1)
 
 
 def prepare(variant: Variant, weight: Weight, entries: Entries, dtype: torch.dtype) -> Entries:
@@ -70,5 +69,5 @@ def prepare(variant: Variant, weight: Weight, entries: Entries, dtype: torch.dty
                 shared[name] = t
         return tuple(prepared[name] for name in names)
 
-    batched = vmap(of_one)(*(params[name] for name in own))
+    batched = over_first_axis(of_one, *(params[name] for name in own))
     return Entries(Prepared({**shared, **dict(zip(names, batched))}), tuple(names), dtype)

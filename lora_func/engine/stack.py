@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..libraries.functorch import over_first_axis
 from ..variant import Params, Variant, Weight
 
 
@@ -73,4 +74,4 @@ def over(
     def of_one(W: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
         return function(W, {**rest, **dict(zip(own, leaves))})
 
-    return torch.vmap(of_one)(W, *(params[name] for name in own))
+    return over_first_axis(of_one, W, *(params[name] for name in own))

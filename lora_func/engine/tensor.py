@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, vmap
+from torch import Tensor
 
 from ..errors import LoraFuncError
-from ..libraries.functorch import in_backward, in_transform
+from ..libraries.functorch import in_backward, in_transform, over_first_axis
 from ..precision import at_least_float32, autocast_off
 from ..variant import Variant, Weight
 from ..weights.experts import virtual
@@ -91,7 +91,7 @@ def factors_of(
         return stack.over(factors, W, {**params, **dict(zip(own, leaves))}, site.shared)
 
     with autocast_off(W.device):
-        found = vmap(of_one)(*(params[name] for name in own)) if own else of_one()
+        found = over_first_axis(of_one, *(params[name] for name in own)) if own else of_one()
     return (found[0], found[1]) if found else None
 
 

@@ -1,20 +1,60 @@
-"""torch.func and autograd: whether a transform or a backward runs, and what a vmap batches."""
+"""torch.func and autograd: a cheap vmap, and whether a transform or a backward runs."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch._C._functorch import (  # pyright: ignore  (compiled)
+    _add_batch_dim,
+    _remove_batch_dim,
+    _vmap_decrement_nesting,
+    _vmap_increment_nesting,
     is_batchedtensor,
     peek_interpreter_stack,
+)
+from torch._functorch.vmap import (
+    lazy_load_decompositions,  # pyright: ignore[reportPrivateImportUsage]
 )
 from torch.autograd import forward_ad
 
 RELIES_ON = {
-    "torch._C._functorch": ("is_batchedtensor", "peek_interpreter_stack"),
+    "torch._C._functorch": (
+        "is_batchedtensor",
+        "peek_interpreter_stack",
+        "_add_batch_dim",
+        "_remove_batch_dim",
+        "_vmap_decrement_nesting",
+        "_vmap_increment_nesting",
+    ),
+    "torch._functorch.vmap": ("lazy_load_decompositions",),
     "torch.autograd.forward_ad": ("_current_level",),
     "torch._C": ("_current_graph_task_id",),
 }
+
+Result = TypeVar("Result", Tensor, tuple[Tensor, ...])
+
+
+def over_first_axis(function: Callable[..., Result], *tensors: Tensor) -> Result:
+    """`torch.vmap(function)(*tensors)`, for a function of tensors to a tensor or a tuple of them.
+
+    `torch.vmap` takes arguments of any structure, and handling the structure takes it longer than
+    a variant takes for its kernels: 59 us around LoRA's factors, against 10 us here.
+    """
+    if torch.compiler.is_compiling():
+        return torch.vmap(function)(*tensors)
+    lazy_load_decompositions()
+    n = tensors[0].shape[0]
+    level = _vmap_increment_nesting(n, "error")
+    try:
+        out = function(*(_add_batch_dim(t, 0, level) for t in tensors))
+        if isinstance(out, tuple):
+            return tuple(_remove_batch_dim(t, level, n, 0) for t in out)
+        return _remove_batch_dim(out, level, n, 0)
+    finally:
+        _vmap_decrement_nesting()
 
 
 def in_transform() -> bool:

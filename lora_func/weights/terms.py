@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import LoraFuncError
-from ..libraries.functorch import in_transform
+from ..libraries.functorch import in_transform, over_first_axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class Terms:
             return out + change(x, left, right).to(out.dtype)
         self.check_examples(x, axes)
         rows = x.unflatten(0, (self.n, x.shape[0] // self.n))
-        return out + torch.vmap(change)(rows, left, right).flatten(0, 1).to(out.dtype)
+        return out + over_first_axis(change, rows, left, right).flatten(0, 1).to(out.dtype)
 
     def check_grad(self) -> None:
         """Raises LoraFuncError if gradients are off, though the factors are to get some."""
