@@ -1,8 +1,9 @@
 """Fused experts: the time and memory of one block, over the frozen base and beside PEFT's LoRA.
 
 A step is a forward and a backward to the block's input (the base's whole work), and to the adapter
-if there is one. `forward` is that alone, without gradients. The contenders of a row run interleaved
-in one process:
+if there is one. `forward` is that alone, without gradients. `in a row` is one of several steps that
+are launched without waiting for the device, as a training loop launches them; `step` also holds the
+time in which the device waits for the first kernel. The contenders run interleaved in one process:
 
     base           the frozen block
     lora, pissa    low-rank: grouped products of the factors, no dense tensor
@@ -39,7 +40,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 import lora_func as lf
 
 TARGETS = lf.Targets(parameters=(r"experts\.(gate_up|down)_proj$",))
-ADAPTERS = 8  # of the row with an example axis
+IN_A_ROW = 4
 # Implementation, rank, share of the tokens, contenders. `batched_mm` and `eager` take fewer tokens:
 # the first copies a matrix for each token and expert.
 ROWS: tuple[tuple[str, int, float, tuple[str, ...]], ...] = (
@@ -137,35 +138,52 @@ def measure(
         forwards[name] = torch.no_grad()(call)
         steps[name] = lambda call=call, own=(x, *leaves): torch.autograd.grad(call(), own, toward)
     peaks = {name: peak(run) / 2**20 for name, run in steps.items()}
-    times = interleaved(forwards, options.rounds), interleaved(steps, options.rounds)
+    loops = {name: repeated(run) for name, run in steps.items()}
+    times = {
+        "forward": interleaved(forwards, options.rounds),
+        "step": interleaved(steps, options.rounds),
+        "in a row": interleaved(loops, options.rounds // IN_A_ROW + 1, warmup=1),
+    }
+    calls = {"forward": 1, "step": 1, "in a row": IN_A_ROW}
     rows = []
     for name in steps:
-        forward, step = (1e3 * statistics.median(each[name]) for each in times)
+        over = {what: ratio(taken, name, "base") for what, taken in times.items()}
+        milliseconds = {
+            what: 1e3 * statistics.median(taken[name]) / calls[what]
+            for what, taken in times.items()
+        }
         rows.append(
             {
                 "contender": name,
                 "implementation": implementation,
                 "r": r,
                 "tokens": tokens,
-                "milliseconds": {"forward": forward, "step": step},
-                "time over base": {
-                    "forward": ratio(times[0], name, "base"),
-                    "step": ratio(times[1], name, "base"),
-                },
+                "milliseconds": milliseconds,
+                "time over base": over,
                 "mebibytes": peaks[name],
                 "mebibytes over base": peaks[name] - peaks["base"],
-                "seconds of each round": {"forward": times[0][name], "step": times[1][name]},
+                "seconds of each round": {what: taken[name] for what, taken in times.items()},
             }
         )
-        over = rows[-1]["time over base"]
+        shown = "  ".join(
+            f"{what} {milliseconds[what]:7.2f} ms ({over[what]:.2f}x)" for what in times
+        )
         print(
-            f"{implementation:10s} r={r:<2d} {tokens:4d} tokens  {name:11s}  "
-            f"forward {forward:7.2f} ms ({over['forward']:.2f}x)  "
-            f"step {step:7.2f} ms ({over['step']:.2f}x)  "
+            f"{implementation:10s} r={r:<2d} {tokens:4d} tokens  {name:11s}  {shown}  "
             f"{peaks[name]:6.1f} MiB ({peaks[name] - peaks['base']:+.1f})",
             flush=True,
         )
     return rows
+
+
+def repeated(run: Callable[[], Any]) -> Callable[[], None]:
+    """`run`, several times in a row."""
+
+    def loop() -> None:
+        for _ in range(IN_A_ROW):
+            run()
+
+    return loop
 
 
 def peak(run: Callable[[], Any]) -> int:

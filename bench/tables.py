@@ -307,13 +307,13 @@ def experts_of(name: str) -> str:
     for row in result["rows"]:
         time = row["time over base"]
         cells = [row["implementation"], f"{row['tokens']:,}", str(row["r"]), row["contender"]]
-        cells += [f"{time['forward']:.2f}", f"{time['step']:.2f}"]
+        cells += [f"{each:.2f}" for each in time.values()]
         if row["contender"] != "base":
             rows.append([*cells, f"{row['mebibytes over base']:,.0f}"])
-    headers = ["experts", "tokens", "r", "adapter", "forward / base", "step / base"]
+    headers = ["experts", "tokens", "r", "adapter", *result["rows"][0]["time over base"]]
     about = (
         f"{s['experts']} experts, {s['hidden']} x {s['width']}, top {s['top']}, {s['dtype']}; "
-        "memory: peak of the step."
+        "times over those of the base; memory: peak of the step."
     )
     return f"{markdown(rows, [*headers, 'MiB over base'])}\n\n{about} {ran_on}."
 
