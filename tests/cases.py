@@ -158,6 +158,12 @@ CASES = {
         peft=Peft(A_B, {"use_rslora": True, "lora_alpha": 4.0}),
     ),
     "pissa": Case(lf.PiSSA, fitting, products=2, peft=Peft(A_B, anchors=ANCHORS)),
+    "pissa-rs": Case(
+        lambda r: lf.PiSSA(r=r, rslora=True, alpha=4.0),
+        fitting,
+        peft=Peft(A_B, {"use_rslora": True, "lora_alpha": 4.0}, ANCHORS),
+        **second,
+    ),
     "pissa-randomized": Case(
         lambda r: lf.PiSSA(r=r, svd="randomized", alpha=5.0), fitting, **second
     ),
@@ -197,6 +203,16 @@ CASES = {
         activations=1,  # base_out, for the gradient of its magnitudes
         condition=cancellation,
         peft=Peft({**A_B, "m": ("lora_magnitude_vector.default.weight", same)}),
+    ),
+    "dora-rs": Case(
+        lambda r: lf.DoRA(r=r, rslora=True, alpha=4.0),
+        activations=1,
+        condition=cancellation,
+        peft=Peft(
+            {**A_B, "m": ("lora_magnitude_vector.default.weight", same)},
+            {"use_rslora": True, "lora_alpha": 4.0},
+        ),
+        **second,
     ),
     "dora-full": Case(
         lambda r: lf.DoRA(r=r, detach_norm=False), activations=1, condition=cancellation

@@ -86,13 +86,18 @@ def test_eva_finds_the_ranks_and_subspaces_of_peft(r, rho, seed):
                 assert angle(ours[path][:n], theirs[path][:n]) < 1e-3
 
 
-@pytest.mark.parametrize(("r", "rho"), [(16, 1.0), (8, 2.0)], ids=["rho=1", "rho=2"])
-def test_eva_computes_what_peft_does(r, rho):
+@pytest.mark.parametrize(
+    ("r", "rho", "rslora"),
+    [(16, 1.0, False), (8, 2.0, False), (16, 1.0, True)],
+    ids=["rho=1", "rho=2", "rho=1, rslora"],
+)
+def test_eva_computes_what_peft_does(r, rho, rslora):
     """The outputs agree for PEFT's A and a trained B, because alpha_l / r_l is one number."""
     model, batch = square_llama(), ids_batch()
     config = peft.LoraConfig(
         r=r,
         lora_alpha=5,
+        use_rslora=rslora,
         target_modules=list(ALL.find(model)),
         init_lora_weights="eva",
         eva_config=peft.EvaConfig(rho=rho, adjust_scaling_factors=True),
@@ -107,7 +112,8 @@ def test_eva_computes_what_peft_does(r, rho):
     nothing = Components(torch.empty(0, 32), torch.empty(0))
     stats = dict.fromkeys(ALL.find(model), nothing)
     stats |= {path: Components(A, torch.ones(len(A))) for path, A in factors.items()}
-    adapter, params = lf.adapt(model, lf.EVA(r=r, alpha=5.0, rho=rho), targets=ALL, stats=stats)
+    variant = lf.EVA(r=r, alpha=5.0, rslora=rslora, rho=rho)
+    adapter, params = lf.adapt(model, variant, targets=ALL, stats=stats)
     assert len(adapter.targets) == len(factors)
     params = trained(params)
     with torch.no_grad():
@@ -118,6 +124,29 @@ def test_eva_computes_what_peft_does(r, rho):
     ours, expected = adapter(model, params, batch).logits, theirs(**batch).logits
     assert (ours - model(**batch).logits).abs().max() > 1e-2
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
+def test_the_scales_of_eva_in_peft(rslora):
+    """One scale for all ranks. With rslora PEFT's grows with the root of the layer's rank."""
+    model, batch = square_llama(), ids_batch()
+    config = peft.LoraConfig(
+        r=8,
+        lora_alpha=5,
+        use_rslora=rslora,
+        target_modules=list(ALL.find(model)),
+        init_lora_weights="eva",
+        eva_config=peft.EvaConfig(rho=2.0),
+    )
+    theirs = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
+    peft.initialize_lora_eva_weights(theirs, [batch], show_progress_bar=False)
+    ours = lf.EVA(r=8, alpha=5.0, rslora=rslora).scale
+    layers: list[Any] = [layer for layer in theirs.modules() if hasattr(layer, "lora_A")]
+    ranks = {layer.r["default"] for layer in layers}
+    assert len(ranks) > 1
+    for layer in layers:
+        grown = (layer.r["default"] / 8) ** 0.5 if rslora else 1.0
+        assert layer.scaling["default"] == pytest.approx(grown * ours)
 
 
 @pytest.mark.parametrize("rho", [1.0, 1.5, 3.0])
@@ -388,10 +417,11 @@ def same_function(model: Net, variant: lf.Variant, theirs: Any) -> None:
         assert (adapter(model, params, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_olora_is_that_of_peft():
+@pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
+def test_olora_is_that_of_peft(rslora):
     """QR has no free signs: the factors themselves are equal."""
-    model, variant = Net(), lf.OLoRA(r=4, alpha=6.0)
-    config = peft.LoraConfig(**CONFIG, init_lora_weights="olora")
+    model, variant = Net(), lf.OLoRA(r=4, alpha=6.0, rslora=rslora)
+    config = peft.LoraConfig(**CONFIG, use_rslora=rslora, init_lora_weights="olora")
     theirs = peft.get_peft_model(copy.deepcopy(model), config)
     _, params = lf.adapt(model, variant, targets=TARGET)
     A, B = factors(theirs)
@@ -400,16 +430,19 @@ def test_olora_is_that_of_peft():
     same_function(model, variant, theirs)
 
 
+@pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
-def test_corda_is_that_of_peft(mode, tmp_path):
+def test_corda_is_that_of_peft(mode, rslora, tmp_path):
     """Both are given one second moment, because PEFT estimates its own otherwise."""
-    model, variant = Net(), lf.CorDA(r=4, alpha=6.0, mode=mode)
+    model, variant = Net(), lf.CorDA(r=4, alpha=6.0, mode=mode, rslora=rslora)
     batches = [torch.randn(100, 8) for _ in range(4)]
     found = lf.collect(model, ["target"], batches, lf.InputMoments())
     file = tmp_path / "covariance.pt"
     torch.save({"target": found["target"].about(0)}, file)
     corda = CordaConfig(covariance_file=str(file), corda_method=mode)
-    config = peft.LoraConfig(**CONFIG, init_lora_weights="corda", corda_config=corda)
+    config = peft.LoraConfig(
+        **CONFIG, use_rslora=rslora, init_lora_weights="corda", corda_config=corda
+    )
     base = copy.deepcopy(model)
     preprocess_corda(base, config)
     theirs = peft.get_peft_model(base, config)

@@ -48,6 +48,24 @@ def test_lora_sees_only_the_product(layer, data):
 def test_lora_scales():
     assert lf.LoRA(r=32, alpha=64).scale == 2.0
     assert lf.LoRA(r=32, alpha=64, rslora=True).scale == pytest.approx(64 / math.sqrt(32))
+    assert lf.PiSSA(r=9).scale == 1.0
+    assert lf.PiSSA(r=9, rslora=True).scale == 3.0  # alpha=None means r
+
+
+RSLORA = [kind for kind in lf.VARIANTS.values() if "rslora" in kind.__dataclass_fields__]
+
+
+@pytest.mark.parametrize("kind", RSLORA, ids=lambda kind: kind.name())
+def test_rslora_divides_by_the_root_of_r(kind):
+    assert kind(r=16, alpha=8.0).scale == 0.5
+    assert kind(r=16, alpha=8.0, rslora=True).scale == 2.0
+    with pytest.raises(lf.LoraFuncError, match=r"rslora=1\): rslora must be False or True"):
+        kind(rslora=1)
+
+
+def test_what_peft_scales_by_rslora_takes_it():
+    takes = {kind for kind in lf.VARIANTS.values() if (kind.card.peft or ("",))[0] == "LoraConfig"}
+    assert takes <= set(RSLORA)
 
 
 # PiSSA

@@ -1,6 +1,6 @@
 """LoRA-GA: LoRA whose first step follows the full gradient. Wang et al. 2024, arXiv 2407.05000.
 
-    out = base_out + s x (BA - B0A0)ᵀ                                              s = alpha / r
+    out = base_out + s x (BA - B0A0)ᵀ          s = alpha / r,  or alpha / sqrt(r) with rslora
 
     G = dL/dW,   U S V = svd(G),   A0 = V[:r],   B0 = U[:, r:2r] S[r:2r] d_out^(1/4) / sqrt(gamma)
 
