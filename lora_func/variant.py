@@ -55,6 +55,7 @@ ELSEWHERE = {
     "lora_r": "r",
     "lora_alpha": "alpha",
     "use_rslora": "rslora",
+    "stable_gamma": "gamma",
     "use_dora": "the variant DoRA",
     "delora_lambda": "lambda0",
     "oft_block_size": "block_size",

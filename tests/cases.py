@@ -172,6 +172,13 @@ CASES = {
     "corda": Case(lf.CorDA, fitting, products=2, **data),
     "corda-kpm": Case(lambda r: lf.CorDA(r=r, mode="kpm"), fitting, **data, **second),
     "loraga": Case(lf.LoRAGA, up_to(lambda o, i: min(o, i) // 2), smallest=2, products=2, **data),
+    "loraga-random": Case(
+        lambda r: lf.LoRAGA(r=r, direction="random", start_scale="weight_svd", rslora=True),
+        up_to(lambda o, i: min(o, i) // 2),
+        smallest=2,
+        **data,
+        **second,
+    ),
     "eva": Case(lf.EVA, up_to(lambda o, i: i), **data),
     "eva-whiten": Case(
         lambda r: lf.EVA(r=r, rho=1.0, center=False, whiten=True),

@@ -454,17 +454,32 @@ def test_corda_is_that_of_peft(mode, rslora, tmp_path):
     same_function(model, variant, theirs)
 
 
-def test_loraga_is_that_of_peft():
-    """Over three batches, rows of A and columns of B equal PEFT's up to their signs."""
-    model, variant = Net(), lf.LoRAGA(r=4, alpha=6.0, gamma=9.0)
+@pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr", "random"])
+@pytest.mark.parametrize(
+    ("scale", "rslora"),
+    [("stable", False), ("weight_svd", False), ("gd_scale", True), ("unit", False)],
+    ids=["stable", "weight_svd", "gd_scale, rslora", "unit"],
+)
+def test_loraga_is_that_of_peft(direction, scale, rslora, monkeypatch):
+    """Over three batches, rows of A and columns of B equal PEFT's up to their signs.
+
+    Both draw the triplets 1, 3, 4 and 6. PEFT scales by the first that is drawn, ours by the
+    largest.
+    """
+    monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.tensor([1, 3, 4, 6, 7, 0, 2, 5]))
+    model, options = Net(), {"direction": direction, "start_scale": scale, "rslora": rslora}
+    variant = lf.LoRAGA(r=4, alpha=6.0, gamma=9.0, **options)
+    model.target.weight.data = decaying((16, 24), 0, 2.0)  # so that PEFT's approximate SVD is exact
     batches = [torch.randn(50, 8) for _ in range(3)]
 
     def loss(output, batch):
         return (output.square().sum(-1) * batch[:, 0]).mean()
 
     name: Any = "lora_ga"  # which PEFT's annotation lacks
-    loraga = LoraGAConfig(direction="ArB2r", scale="stable", stable_gamma=9)
-    config = peft.LoraConfig(**CONFIG, init_lora_weights=name, lora_ga_config=loraga)
+    loraga = LoraGAConfig(direction=direction, scale=scale, stable_gamma=9)
+    config = peft.LoraConfig(
+        **CONFIG, use_rslora=rslora, init_lora_weights=name, lora_ga_config=loraga
+    )
     base = copy.deepcopy(model)
 
     def backward() -> None:
@@ -480,6 +495,14 @@ def test_loraga_is_that_of_peft():
         signs = (ours * expected).sum(1, keepdim=True).sign()
         assert (ours - signs * expected).abs().max() <= 1e-4 * expected.abs().max()
     same_function(model, variant, theirs)
+
+
+def test_a_layer_without_gradient_starts_at_zero():
+    """There is nothing to scale up to the weight."""
+    weight, variant = lf.Weight(torch.randn(12, 8)), lf.LoRAGA(r=4, start_scale="weight_svd")
+    drawn = variant.init(weight, None, torch.zeros(12, 8))
+    assert torch.equal(drawn.frozen["B0"], torch.zeros(12, 4))
+    assert drawn.frozen["A0"].isfinite().all()
 
 
 # randomized SVD
