@@ -55,6 +55,8 @@ ELSEWHERE = {
     "lora_r": "r",
     "lora_alpha": "alpha",
     "use_rslora": "rslora",
+    "lora_bias": "add_bias",
+    "init_lora_weights": "start, or a variant of its own such as PiSSA,",
     "stable_gamma": "gamma",
     "use_dora": "the variant DoRA",
     "delora_lambda": "lambda0",

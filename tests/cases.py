@@ -67,6 +67,7 @@ class Case:
     activations: int = 0  # of the layer's size, that its gradient needs beside the input
     products: int = 1  # of rank r, whose intermediates its gradient needs
     remade: tuple[str, ...] = ()  # kernels that run anew for each token, by design
+    own_bias: bool = False  # whether it adds a bias, for which a parameter has no place
     engine: bool = True  # whether the tests of the engine run it, and not only the laws
     peft: Peft | None = None  # the differential test, for what PEFT has
 
@@ -156,6 +157,13 @@ CASES = {
     "lora-rs": Case(
         lambda r: lf.LoRA(r=r, rslora=True, alpha=4.0),
         peft=Peft(A_B, {"use_rslora": True, "lora_alpha": 4.0}),
+    ),
+    "lora-gaussian": Case(lambda r: lf.LoRA(r=r, start="gaussian"), **second),
+    "lora-bias": Case(
+        lambda r: lf.LoRA(r=r, add_bias=True),
+        own_bias=True,
+        peft=Peft({**A_B, "b": ("lora_B.default.bias", same)}, {"lora_bias": True}),
+        **second,
     ),
     "pissa": Case(lf.PiSSA, fitting, products=2, peft=Peft(A_B, anchors=ANCHORS)),
     "pissa-rs": Case(

@@ -314,8 +314,8 @@ def test_adapter_to_moves_the_constants():
 
 def test_repr():
     _, adapter, _ = adapted()
-    layers = "4 x LoRA(r=4, alpha=16.0, rslora=False, lr_ratio=1.0)"
-    assert repr(adapter) == f"Adapter({layers}; 1,088 parameters)"
+    fields = "r=4, alpha=16.0, rslora=False, lr_ratio=1.0, start='kaiming', add_bias=False"
+    assert repr(adapter) == f"Adapter(4 x LoRA({fields}); 1,088 parameters)"
 
 
 # a user's own variant

@@ -394,6 +394,9 @@ bad: Any = lf  # for calls that a type checker refuses, too
             r"called adapt\(.., targets=Targets\(names=",
         ),
         (lambda: bad.LoRA(use_dora=True), "It is called the variant DoRA here"),
+        (lambda: bad.LoRA(lora_bias=True), "It is called add_bias here"),
+        (lambda: bad.LoRA(init_lora_weights="pissa"), "called start, or a variant of its own such"),
+        (lambda: bad.LoRA(start="pissa"), "start must be 'kaiming' or 'gaussian'"),
         (lambda: bad.IA3(8), r"IA3 takes its fields by name, as in IA3\(\)"),
         (
             lambda: bad.DeLoRA(init="peft", start="paper"),

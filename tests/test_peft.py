@@ -70,6 +70,7 @@ def pair(case: Case, model: nn.Module) -> tuple[lf.Adapter, dict[str, Tensor], A
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24)], ids=["narrowing", "widening"])
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # of PEFT's SHiRA
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")  # to a layer without a bias
 @over_compared
 def test_outputs_and_gradients(case: Case, shape, bias: bool):
     model = Net(bias, *shape)

@@ -574,20 +574,29 @@ def test_randomized_inits_are_near_the_exact_ones():
 # LoRA+
 
 
-@pytest.mark.parametrize("make", [lf.LoRA, lf.EVA], ids=["lora", "eva"])
-def test_lora_plus_groups_are_those_of_peft(make):
+@pytest.mark.parametrize(
+    ("make", "bias"),
+    [(lf.LoRA, False), (lambda **fields: lf.LoRA(add_bias=True, **fields), True), (lf.EVA, False)],
+    ids=["lora", "lora-bias", "eva"],
+)
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")  # to a layer without a bias
+def test_lora_plus_groups_are_those_of_peft(make, bias):
     """PEFT's optimizer has the same rate for the parameter of the same name."""
     model = square_llama()
     adapter, params = with_data(model, make(r=8, lr_ratio=16.0), [ids_batch()])
-    config = peft.LoraConfig(r=8, target_modules=list(ALL.find(model)))
+    config = peft.LoraConfig(r=8, target_modules=list(ALL.find(model)), lora_bias=bias)
     theirs = peft.get_peft_model(copy.deepcopy(model), config)
     rate: dict[str, Any] = {"lr": 1e-4, "loraplus_lr_ratio": 16.0}
     optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, **rate)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    expected = {
-        name.removeprefix("base_model.model.").replace(".default.weight", ""): rates[id(p)]
+    named = {
+        name.removeprefix("base_model.model."): p
         for name, p in theirs.named_parameters()
         if p.requires_grad
+    }
+    expected = {
+        name.replace(".default.weight", "").replace("B.default.bias", "b"): rates[id(p)]
+        for name, p in named.items()
     }
     assert adapter.lr_scale.keys() == params.keys()
     for key, scale in adapter.lr_scale.items():

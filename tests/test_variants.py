@@ -68,6 +68,22 @@ def test_what_peft_scales_by_rslora_takes_it():
     assert takes <= set(RSLORA)
 
 
+@pytest.mark.parametrize(("start", "std"), [("kaiming", (3 * 4096) ** -0.5), ("gaussian", 1 / 8)])
+def test_what_lora_draws_a_from(start, std):
+    """The standard deviation is known to 1 % from 32,768 numbers, with a wide margin."""
+    generator, weight = torch.Generator().manual_seed(0), lf.Weight(torch.empty(16, 4096))
+    drawn = lf.LoRA(r=8, start=start).init(weight, generator).trainable
+    assert drawn["A"].std().item() == pytest.approx(std, rel=0.02)
+    assert not drawn["B"].any()
+
+
+@drawn("lora-bias")
+def test_the_bias_of_lora_is_scaled_like_its_product(layer, data):
+    A, B, b, s = *(layer.trained[name] for name in ("A", "B", "b")), layer.variant.scale
+    expected = layer.base(layer.x) + s * (layer.x @ A.mT @ B.mT + b)
+    torch.testing.assert_close(layer.at({}), expected, **CLOSE)
+
+
 # PiSSA
 
 

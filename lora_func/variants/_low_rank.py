@@ -80,6 +80,21 @@ class LowRank(Variant):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TwoFactors(LowRank, Product):
+    """LoRA's two factors, which may learn at two rates."""
+
+    lr_ratio: float = 1.0  # B learns this many times faster than A (LoRA+ suggests 16); above 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "lr_ratio")
+
+    @property
+    def lr_scale(self):
+        return {"B": self.lr_ratio}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Anchored(Product):
     """`out = base_out + s x (BA - B0A0)ᵀ`: A and B start at the frozen anchors A0 and B0.
 

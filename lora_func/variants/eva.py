@@ -28,11 +28,11 @@ from ..checks import check_choice, check_positive, needs_data
 from ..errors import LoraFuncError
 from ..statistics import PrincipalComponents
 from ..variant import Params
-from .lora import LoRA
+from ._low_rank import TwoFactors
 
 
 @dataclass(frozen=True, kw_only=True)
-class EVA(LoRA):
+class EVA(TwoFactors):
     """Explained-variance adaptation, Paischer et al. 2024 (arXiv 2410.07170).
 
     Trainable: A [r_l, d_in], B [d_out, r_l].
