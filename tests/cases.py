@@ -187,6 +187,12 @@ CASES = {
         **data,
         **second,
     ),
+    "initab": Case(lf.InitAB, products=2),
+    "initab-orthogonal": Case(
+        lambda r: lf.InitAB(r=r, start="orthogonal", rslora=True),
+        up_to(lambda o, i: 12, smallest=2, step=2),
+        **second,
+    ),
     "eva": Case(lf.EVA, up_to(lambda o, i: i), **data),
     "eva-whiten": Case(
         lambda r: lf.EVA(r=r, rho=1.0, center=False, whiten=True),

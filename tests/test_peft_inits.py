@@ -287,6 +287,8 @@ INITS = {
     "loraga": lambda r: lf.LoRAGA(r=r, alpha=5.0, gamma=9.0),
     "loraga-randomized": lambda r: lf.LoRAGA(r=r, alpha=5.0, svd="randomized"),
     "pissa-randomized": lambda r: lf.PiSSA(r=r, alpha=5.0, svd="randomized"),
+    "initab": lambda r: lf.InitAB(r=r),
+    "initab-orthogonal": lambda r: lf.InitAB(r=r, start="orthogonal"),
     "eva": lambda r: lf.EVA(r=r),
 }
 
@@ -495,6 +497,24 @@ def test_loraga_is_that_of_peft(direction, scale, rslora, monkeypatch):
         signs = (ours * expected).sum(1, keepdim=True).sign()
         assert (ours - signs * expected).abs().max() <= 1e-4 * expected.abs().max()
     same_function(model, variant, theirs)
+
+
+def test_an_orthogonal_start_is_that_of_peft():
+    """The factors have PEFT's size, and their product is zero up to rounding."""
+    model, variant = Net(), lf.InitAB(r=4, alpha=6.0, start="orthogonal")
+    orthogonal: Any = "orthogonal"  # which PEFT's annotation lacks
+    config = peft.LoraConfig(**CONFIG, init_lora_weights=orthogonal)
+    same_function(model, variant, peft.get_peft_model(copy.deepcopy(model), config))
+
+    large = nn.Linear(3000, 2000)
+    theirs: Any = peft.LoraModel(nn.ModuleDict({"target": copy.deepcopy(large)}), config, "default")
+    layer = theirs.model["target"]
+    drawn = variant.init(lf.Weight(large.weight.detach()), torch.Generator().manual_seed(0)).frozen
+    for ours, part in ((drawn["A0"], layer.lora_A), (drawn["B0"], layer.lora_B)):
+        # Of 4000 normal numbers or more: the deviations of both are known to 1 %.
+        assert ours.std().item() == pytest.approx(part["default"].weight.std().item(), rel=0.05)
+    terms = (drawn["B0"].abs() @ drawn["A0"].abs()).max()
+    assert (drawn["B0"] @ drawn["A0"]).abs().max() <= 1e-6 * terms
 
 
 def test_a_layer_without_gradient_starts_at_zero():

@@ -108,6 +108,26 @@ def test_pissa_is_the_difference_of_two_products(layer, data):
     torch.testing.assert_close(exported, layer.at({}), **CLOSE)
 
 
+# InitAB
+
+
+def test_both_factors_of_initab_are_drawn_alike():
+    """From U(-1, 1) / sqrt(d_in), A as well as B, and both have a gradient at init."""
+    weight, generator = lf.Weight(torch.empty(2000, 3000)), torch.Generator().manual_seed(0)
+    for leaf in lf.InitAB(r=8).init(weight, generator).frozen.values():
+        assert leaf.abs().max().item() == pytest.approx(3000**-0.5, rel=1e-3)
+        assert leaf.std().item() == pytest.approx((3 * 3000) ** -0.5, rel=0.02)
+
+
+@drawn("initab")
+def test_both_factors_of_initab_learn_at_once(layer, data):
+    def loss(leaves):
+        return (layer({**layer.init, **leaves}) * layer.base(layer.x).cos()).sum()
+
+    grads = torch.func.grad(loss)({name: layer.init[name] for name in layer.names})
+    assert all(grad.abs().max() > 0 for grad in grads.values())
+
+
 # DoRA
 
 
@@ -302,6 +322,10 @@ def test_hra_survives_a_zero_vector():
         (lambda: bad.LoRA(r=0), r"LoRA\(r=0\): r must be an integer of at least 1"),
         (lambda: bad.LoRA(r=2.0), r"LoRA\(r=2.0\): r must be an integer"),
         (lambda: bad.LoRA(r=True), r"LoRA\(r=True\): r must be an integer"),
+        (
+            lambda: bad.InitAB(r=3, start="orthogonal"),
+            r"InitAB\(r=3, start='orthogonal'\): r must be even there",
+        ),
         (lambda: bad.LoRA(alpha=0), r"LoRA\(alpha=0\): alpha must be a finite number above 0"),
         (lambda: bad.LoRA(alpha=float("nan")), "alpha must be a finite number above 0"),
         (lambda: bad.LoRA(alpha="16"), r"LoRA\(alpha='16'\): alpha must be a finite number"),
