@@ -52,6 +52,13 @@ def difference_of_means(variant: Variant, weight: Weight, seed: int) -> Tensor:
     return torch.randn(weight.shape[0], generator=generator, dtype=torch.float64).to(weight.dense())
 
 
+def float_weight(variant: Variant, weight: Weight, seed: int) -> Tensor:
+    """Stats of a variant that makes up for quantization, which moved each entry by 10 % or so."""
+    generator = torch.Generator().manual_seed(seed)
+    W = weight.dense().double()
+    return W + 0.1 * W.abs() * torch.randn(W.shape, generator=generator, dtype=W.dtype)
+
+
 @dataclass(frozen=True)
 class Case:
     make: Callable[..., Variant]  # hyperparameters -> variant
@@ -199,6 +206,13 @@ CASES = {
         up_to(lambda o, i: i),
         **data,
         **second,
+    ),
+    "loftq": Case(
+        lf.LoftQ,
+        fitting,
+        stats=float_weight,
+        moved=lambda variant: 0.5,
+        engine=False,  # most of its tests give no stats
     ),
     "adalora": Case(
         lambda r: lf.AdaLoRA(r=r),
@@ -399,8 +413,8 @@ def starts_elsewhere(variant: Variant) -> bool:
 
 def stats_of(variant: Variant, weight: Weight, seed: int = 0) -> Any:
     """What `init` gets for a layer; None if the variant looks at no data."""
-    steers = variant.statistic is None and variant.card.data == "required"
-    return (difference_of_means if steers else of_statistic)(variant, weight, seed)
+    case = CASES.get(variant.name())
+    return ((case and case.stats) or of_statistic)(variant, weight, seed)
 
 
 def data_for(rules: Any, model: nn.Module, targets: lf.Targets) -> dict[str, Any]:

@@ -120,10 +120,10 @@ def test_pissa_finds_their_factors():
 
 
 def test_every_method_of_peft_is_compared():
-    """It is compared here, or its init is, in test_peft_inits.py."""
+    """It is compared here, or its init is, in test_peft_inits.py or test_loftq.py."""
     named = {name for name, kind in lf.VARIANTS.items() if kind.card.peft is not None}
     here = {case.example.name() for case in compared.values()}
-    assert named - here == {"corda", "loraga", "eva"}
+    assert named - here == {"corda", "loraga", "eva", "loftq"}
 
 
 def assert_close(given: Tensor | None, reference: Tensor | None) -> None:
