@@ -51,7 +51,9 @@ IDENTITY = {
     "moved": math.inf,
 }
 """What `card.at_init` allows between the logits at init and the base's."""
-TRAINABLE = tuple(name for name, kind in lf.VARIANTS.items() if kind.card.trainable)
+TRAINABLE = tuple(
+    name for name, kind in lf.VARIANTS.items() if kind.card.trainable and kind is not lf.LoftQ
+)
 
 
 @dataclass(frozen=True)

@@ -53,16 +53,25 @@ def kaiming(rows: int, cols: int, generator: torch.Generator | None) -> Tensor:
     return uniform((rows, cols), cols**-0.5, generator)
 
 
-def low_rank_update(base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
-    """`base + scale (x Aᵀ) Bᵀ`, in the shape and dtype of `base`.
+def low_rank_update(
+    base: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float = 1.0,
+    *,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`base + scale ((x Aᵀ) Bᵀ + bias)`, in the shape and dtype of `base`.
 
-    `base [.., o]`, `x [.., i]`, `A [r, i]`, `B [o, r]`. A and B are cast, x is not; BA is never
+    `base [.., o]`, `x [.., i]`, `A [r, i]`, `B [o, r]`, `bias [o]`. All but x are cast; BA is never
     formed. Kept for backward: x and the `[.., r]` intermediate. The scale is part of the sum,
     which costs no kernel. (`addmm` would fuse the sum with the product, but it copies `base`, and
     in eager mode its two reshapes cost more than the kernel that it saves.)
     """
     h = F.linear(x, A.to(x.dtype))  # [.., r]
-    delta = F.linear(h, B.to(h.dtype)).to(base.dtype)  # [.., o]
+    b = None if bias is None else bias.to(h.dtype)
+    delta = F.linear(h, B.to(h.dtype), b).to(base.dtype)  # [.., o]
     if torch.compiler.is_compiling():  # which loses alpha where it fuses the sum and the product
         return base + scale * delta
     return torch.add(base, delta, alpha=scale)

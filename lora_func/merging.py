@@ -44,8 +44,9 @@ def merge(
 
     Raises:
         LoraFuncError: bad `params` or model; parameters that are not finite, or a merged weight
-            that overflows; a variant without a closed form; a weight that another module uses too,
-            or that its layer computes from other tensors.
+            that overflows; a variant without a closed form, or one that adds a bias to a layer that
+            has none; a weight that another module uses too, or that its layer computes from other
+            tensors.
     """
     check_order("merge(adapter, model, params)", adapter=adapter, model=model)
     adapter.check(params, examples=False)
@@ -85,6 +86,11 @@ def merge(
         with autocast_off(matrix.device):
             W, b = adapter.variants[path].merged(weight, adapter.params_of(path, params))
         merged[f"{path}.weight"] = stored.as_stored(W).to(dtype or matrix.dtype, copy=True)
+        if b is not None and bias is None:
+            raise LoraFuncError(
+                f"{path!r} has no bias, and {adapter.variants[path]} adds one, which it cannot "
+                "hold. First give the layer a bias of zeros: the adapter also fits it then"
+            )
         if b is not None and b is not bias:
             merged[f"{path}.bias"] = b.to(dtype or matrix.dtype, copy=True)
     if broken := not_finite(merged):

@@ -52,6 +52,13 @@ def difference_of_means(variant: Variant, weight: Weight, seed: int) -> Tensor:
     return torch.randn(weight.shape[0], generator=generator, dtype=torch.float64).to(weight.dense())
 
 
+def float_weight(variant: Variant, weight: Weight, seed: int) -> Tensor:
+    """Stats of a variant that makes up for quantization, which moved each entry by 10 % or so."""
+    generator = torch.Generator().manual_seed(seed)
+    W = weight.dense().double()
+    return W + 0.1 * W.abs() * torch.randn(W.shape, generator=generator, dtype=W.dtype)
+
+
 @dataclass(frozen=True)
 class Case:
     make: Callable[..., Variant]  # hyperparameters -> variant
@@ -67,6 +74,7 @@ class Case:
     activations: int = 0  # of the layer's size, that its gradient needs beside the input
     products: int = 1  # of rank r, whose intermediates its gradient needs
     remade: tuple[str, ...] = ()  # kernels that run anew for each token, by design
+    own_bias: bool = False  # whether it adds a bias, for which a parameter has no place
     engine: bool = True  # whether the tests of the engine run it, and not only the laws
     peft: Peft | None = None  # the differential test, for what PEFT has
 
@@ -157,7 +165,20 @@ CASES = {
         lambda r: lf.LoRA(r=r, rslora=True, alpha=4.0),
         peft=Peft(A_B, {"use_rslora": True, "lora_alpha": 4.0}),
     ),
+    "lora-gaussian": Case(lambda r: lf.LoRA(r=r, start="gaussian"), **second),
+    "lora-bias": Case(
+        lambda r: lf.LoRA(r=r, add_bias=True),
+        own_bias=True,
+        peft=Peft({**A_B, "b": ("lora_B.default.bias", same)}, {"lora_bias": True}),
+        **second,
+    ),
     "pissa": Case(lf.PiSSA, fitting, products=2, peft=Peft(A_B, anchors=ANCHORS)),
+    "pissa-rs": Case(
+        lambda r: lf.PiSSA(r=r, rslora=True, alpha=4.0),
+        fitting,
+        peft=Peft(A_B, {"use_rslora": True, "lora_alpha": 4.0}, ANCHORS),
+        **second,
+    ),
     "pissa-randomized": Case(
         lambda r: lf.PiSSA(r=r, svd="randomized", alpha=5.0), fitting, **second
     ),
@@ -166,12 +187,32 @@ CASES = {
     "corda": Case(lf.CorDA, fitting, products=2, **data),
     "corda-kpm": Case(lambda r: lf.CorDA(r=r, mode="kpm"), fitting, **data, **second),
     "loraga": Case(lf.LoRAGA, up_to(lambda o, i: min(o, i) // 2), smallest=2, products=2, **data),
+    "loraga-random": Case(
+        lambda r: lf.LoRAGA(r=r, direction="random", start_scale="weight_svd", rslora=True),
+        up_to(lambda o, i: min(o, i) // 2),
+        smallest=2,
+        **data,
+        **second,
+    ),
+    "initab": Case(lf.InitAB, products=2),
+    "initab-orthogonal": Case(
+        lambda r: lf.InitAB(r=r, start="orthogonal", rslora=True),
+        up_to(lambda o, i: 12, smallest=2, step=2),
+        **second,
+    ),
     "eva": Case(lf.EVA, up_to(lambda o, i: i), **data),
     "eva-whiten": Case(
         lambda r: lf.EVA(r=r, rho=1.0, center=False, whiten=True),
         up_to(lambda o, i: i),
         **data,
         **second,
+    ),
+    "loftq": Case(
+        lf.LoftQ,
+        fitting,
+        stats=float_weight,
+        moved=lambda variant: 0.5,
+        engine=False,  # most of its tests give no stats
     ),
     "adalora": Case(
         lambda r: lf.AdaLoRA(r=r),
@@ -197,6 +238,16 @@ CASES = {
         activations=1,  # base_out, for the gradient of its magnitudes
         condition=cancellation,
         peft=Peft({**A_B, "m": ("lora_magnitude_vector.default.weight", same)}),
+    ),
+    "dora-rs": Case(
+        lambda r: lf.DoRA(r=r, rslora=True, alpha=4.0),
+        activations=1,
+        condition=cancellation,
+        peft=Peft(
+            {**A_B, "m": ("lora_magnitude_vector.default.weight", same)},
+            {"use_rslora": True, "lora_alpha": 4.0},
+        ),
+        **second,
     ),
     "dora-full": Case(
         lambda r: lf.DoRA(r=r, detach_norm=False), activations=1, condition=cancellation
@@ -362,8 +413,8 @@ def starts_elsewhere(variant: Variant) -> bool:
 
 def stats_of(variant: Variant, weight: Weight, seed: int = 0) -> Any:
     """What `init` gets for a layer; None if the variant looks at no data."""
-    steers = variant.statistic is None and variant.card.data == "required"
-    return (difference_of_means if steers else of_statistic)(variant, weight, seed)
+    case = CASES.get(variant.name())
+    return ((case and case.stats) or of_statistic)(variant, weight, seed)
 
 
 def data_for(rules: Any, model: nn.Module, targets: lf.Targets) -> dict[str, Any]:

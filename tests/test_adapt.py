@@ -305,6 +305,29 @@ def test_adapter_is_immutable_hashable_and_picklable():
         variant.r = 5
 
 
+def test_replace_by_a_function_keeps_the_ratios_of_the_layers():
+    """Each layer's own field is halved, whatever its variant; what has no such field stays."""
+    rules = {
+        "q_proj": lf.LoRA(r=4, alpha=16),
+        "v_proj": lf.DoRA(r=4, alpha=4),
+        "o_proj": lf.IA3(),
+    }
+    names = lf.Targets(names=tuple(rules))
+    model, adapter, params = adapted(rules, targets=names)
+    halved = adapter.replace(alpha=lambda alpha: alpha / 2)
+    for path, variant in adapter.variants.items():
+        expected = getattr(variant, "alpha", None)
+        assert getattr(halved.variants[path], "alpha", None) == (expected and expected / 2)
+    rules = {**rules, "q_proj": lf.LoRA(r=4, alpha=8), "v_proj": lf.DoRA(r=4, alpha=2)}
+    batch, params = text_batch(), trained(params)
+    same, _ = lf.adapt(model, rules, targets=names)
+    assert torch.equal(halved(model, params, batch).logits, same(model, params, batch).logits)
+    with pytest.raises(lf.LoraFuncError, match=r"LoRA\(alpha=0.0\): alpha must be a finite number"):
+        adapter.replace(alpha=lambda alpha: 0.0 * alpha)
+    with pytest.raises(lf.LoraFuncError, match="needs other parameters than"):
+        adapter.replace(r=lambda r: 2 * r)
+
+
 def test_adapter_to_moves_the_constants():
     _, adapter, _ = adapted(lf.PiSSA(r=4))
     assert {leaf.dtype for leaf in adapter.to(torch.float64).frozen.values()} == {torch.float64}
@@ -314,8 +337,8 @@ def test_adapter_to_moves_the_constants():
 
 def test_repr():
     _, adapter, _ = adapted()
-    layers = "4 x LoRA(r=4, alpha=16.0, rslora=False, lr_ratio=1.0)"
-    assert repr(adapter) == f"Adapter({layers}; 1,088 parameters)"
+    fields = "r=4, alpha=16.0, rslora=False, lr_ratio=1.0, start='kaiming', add_bias=False"
+    assert repr(adapter) == f"Adapter(4 x LoRA({fields}); 1,088 parameters)"
 
 
 # a user's own variant

@@ -77,6 +77,22 @@ def test_never_the_memory_of_the_model():
     assert merged["0.weight"].data_ptr() != model[0].weight.data_ptr()
 
 
+def test_a_bias_that_the_layer_cannot_hold():
+    """`load_state_dict(.., strict=False)` would leave it out without a word."""
+    variant = lf.LoRA(r=2, add_bias=True)
+    model, adapter, params = adapted(variant, mlp(bias=False), targets=ALL)
+    message = r"'0' has no bias, and LoRA\(r=2, .* adds one, .* give the layer a bias of zeros"
+    with pytest.raises(lf.LoraFuncError, match=message):
+        lf.merge(adapter, model, params)
+    for path in adapter.targets:
+        layer = model.get_submodule(path)
+        layer.bias = nn.Parameter(torch.zeros(layer.out_features))
+    x = torch.randn(5, model[0].in_features)
+    merged = lf.merge(adapter, model, params)
+    torch.testing.assert_close(functional_call(model, merged, x), adapter(model, params, x))
+    assert (functional_call(model, merged, x) - model(x)).abs().max() > 1e-2
+
+
 def test_load_state_dict_takes_it():
     model, adapter, params = adapted()
     batch = text_batch()

@@ -348,12 +348,15 @@ def test_the_probe_names_a_loss_without_labels():
 
 @pytest.mark.parametrize("kind", [lf.PiSSA, lf.MiLoRA], ids=lambda kind: kind.name())
 def test_alpha_scales_training_and_not_the_start(kind):
-    """s B0 A0 does not depend on s, and a step of SGD grows with it. alpha=None gives s = 1."""
+    """s B0 A0 does not depend on s, and a step of SGD grows with it. alpha=None gives s = 1.
+
+    With rslora, alpha 2 and r 4 give s = 1, too.
+    """
     weight, x = lf.Weight(torch.randn(12, 8, dtype=torch.float64)), torch.randn(5, 8).double()
     target = torch.randn(5, 12).double()
     starts, steps = [], []
-    for alpha in (None, 4.0, 16.0):
-        variant = kind(r=4, alpha=alpha)
+    for alpha, rslora in ((None, False), (4.0, False), (16.0, False), (2.0, True)):
+        variant = kind(r=4, alpha=alpha, rslora=rslora)
         drawn = variant.init(weight, None)
         starts.append(variant.scale * drawn.frozen["B0"] @ drawn.frozen["A0"])
 
@@ -367,6 +370,7 @@ def test_alpha_scales_training_and_not_the_start(kind):
     for start in starts:
         torch.testing.assert_close(start, starts[0])
     assert steps[1] == pytest.approx(steps[0], rel=1e-6)
+    assert steps[3] == pytest.approx(steps[0], rel=1e-6)
     assert steps[2] == pytest.approx(4 * steps[0], rel=1e-4)
 
 
@@ -390,6 +394,9 @@ bad: Any = lf  # for calls that a type checker refuses, too
             r"called adapt\(.., targets=Targets\(names=",
         ),
         (lambda: bad.LoRA(use_dora=True), "It is called the variant DoRA here"),
+        (lambda: bad.LoRA(lora_bias=True), "It is called add_bias here"),
+        (lambda: bad.LoRA(init_lora_weights="pissa"), "called start, or a variant of its own such"),
+        (lambda: bad.LoRA(start="pissa"), "start must be 'kaiming' or 'gaussian'"),
         (lambda: bad.IA3(8), r"IA3 takes its fields by name, as in IA3\(\)"),
         (
             lambda: bad.DeLoRA(init="peft", start="paper"),

@@ -97,6 +97,7 @@ def shown_variants() -> list:
         and case.example.card.data != "required"
         and type(case.example).merged is not Variant.merged
         and case.example.card.at_init != "moved"
+        and not case.own_bias
     ]
 
 
@@ -397,6 +398,14 @@ def test_errors_name_the_parameter(message, make):
     with pytest.raises(lf.LoraFuncError, match=message):
         make(model)
     assert state_of(model) == before
+
+
+def test_a_parameter_has_no_place_for_a_bias():
+    model = zoo()
+    adapter, params = drawn(lf.LoRA(r=2, add_bias=True), model)
+    message = r"LoRA changes the bias of a layer, and '.*' is a parameter, which has none"
+    with pytest.raises(lf.LoraFuncError, match=message):
+        adapter(model, params, IDS)
 
 
 def test_a_packed_parameter_is_refused_by_name():

@@ -70,6 +70,7 @@ def pair(case: Case, model: nn.Module) -> tuple[lf.Adapter, dict[str, Tensor], A
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24)], ids=["narrowing", "widening"])
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # of PEFT's SHiRA
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")  # to a layer without a bias
 @over_compared
 def test_outputs_and_gradients(case: Case, shape, bias: bool):
     model = Net(bias, *shape)
@@ -119,10 +120,10 @@ def test_pissa_finds_their_factors():
 
 
 def test_every_method_of_peft_is_compared():
-    """It is compared here, or its init is, in test_peft_inits.py."""
+    """It is compared here, or its init is, in test_peft_inits.py or test_loftq.py."""
     named = {name for name, kind in lf.VARIANTS.items() if kind.card.peft is not None}
     here = {case.example.name() for case in compared.values()}
-    assert named - here == {"corda", "loraga", "eva"}
+    assert named - here == {"corda", "loraga", "eva", "loftq"}
 
 
 def assert_close(given: Tensor | None, reference: Tensor | None) -> None:

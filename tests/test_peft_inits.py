@@ -86,13 +86,18 @@ def test_eva_finds_the_ranks_and_subspaces_of_peft(r, rho, seed):
                 assert angle(ours[path][:n], theirs[path][:n]) < 1e-3
 
 
-@pytest.mark.parametrize(("r", "rho"), [(16, 1.0), (8, 2.0)], ids=["rho=1", "rho=2"])
-def test_eva_computes_what_peft_does(r, rho):
+@pytest.mark.parametrize(
+    ("r", "rho", "rslora"),
+    [(16, 1.0, False), (8, 2.0, False), (16, 1.0, True)],
+    ids=["rho=1", "rho=2", "rho=1, rslora"],
+)
+def test_eva_computes_what_peft_does(r, rho, rslora):
     """The outputs agree for PEFT's A and a trained B, because alpha_l / r_l is one number."""
     model, batch = square_llama(), ids_batch()
     config = peft.LoraConfig(
         r=r,
         lora_alpha=5,
+        use_rslora=rslora,
         target_modules=list(ALL.find(model)),
         init_lora_weights="eva",
         eva_config=peft.EvaConfig(rho=rho, adjust_scaling_factors=True),
@@ -107,7 +112,8 @@ def test_eva_computes_what_peft_does(r, rho):
     nothing = Components(torch.empty(0, 32), torch.empty(0))
     stats = dict.fromkeys(ALL.find(model), nothing)
     stats |= {path: Components(A, torch.ones(len(A))) for path, A in factors.items()}
-    adapter, params = lf.adapt(model, lf.EVA(r=r, alpha=5.0, rho=rho), targets=ALL, stats=stats)
+    variant = lf.EVA(r=r, alpha=5.0, rslora=rslora, rho=rho)
+    adapter, params = lf.adapt(model, variant, targets=ALL, stats=stats)
     assert len(adapter.targets) == len(factors)
     params = trained(params)
     with torch.no_grad():
@@ -118,6 +124,29 @@ def test_eva_computes_what_peft_does(r, rho):
     ours, expected = adapter(model, params, batch).logits, theirs(**batch).logits
     assert (ours - model(**batch).logits).abs().max() > 1e-2
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
+def test_the_scales_of_eva_in_peft(rslora):
+    """One scale for all ranks. With rslora PEFT's grows with the root of the layer's rank."""
+    model, batch = square_llama(), ids_batch()
+    config = peft.LoraConfig(
+        r=8,
+        lora_alpha=5,
+        use_rslora=rslora,
+        target_modules=list(ALL.find(model)),
+        init_lora_weights="eva",
+        eva_config=peft.EvaConfig(rho=2.0),
+    )
+    theirs = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
+    peft.initialize_lora_eva_weights(theirs, [batch], show_progress_bar=False)
+    ours = lf.EVA(r=8, alpha=5.0, rslora=rslora).scale
+    layers: list[Any] = [layer for layer in theirs.modules() if hasattr(layer, "lora_A")]
+    ranks = {layer.r["default"] for layer in layers}
+    assert len(ranks) > 1
+    for layer in layers:
+        grown = (layer.r["default"] / 8) ** 0.5 if rslora else 1.0
+        assert layer.scaling["default"] == pytest.approx(grown * ours)
 
 
 @pytest.mark.parametrize("rho", [1.0, 1.5, 3.0])
@@ -258,6 +287,8 @@ INITS = {
     "loraga": lambda r: lf.LoRAGA(r=r, alpha=5.0, gamma=9.0),
     "loraga-randomized": lambda r: lf.LoRAGA(r=r, alpha=5.0, svd="randomized"),
     "pissa-randomized": lambda r: lf.PiSSA(r=r, alpha=5.0, svd="randomized"),
+    "initab": lambda r: lf.InitAB(r=r),
+    "initab-orthogonal": lambda r: lf.InitAB(r=r, start="orthogonal"),
     "eva": lambda r: lf.EVA(r=r),
 }
 
@@ -388,10 +419,11 @@ def same_function(model: Net, variant: lf.Variant, theirs: Any) -> None:
         assert (adapter(model, params, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_olora_is_that_of_peft():
+@pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
+def test_olora_is_that_of_peft(rslora):
     """QR has no free signs: the factors themselves are equal."""
-    model, variant = Net(), lf.OLoRA(r=4, alpha=6.0)
-    config = peft.LoraConfig(**CONFIG, init_lora_weights="olora")
+    model, variant = Net(), lf.OLoRA(r=4, alpha=6.0, rslora=rslora)
+    config = peft.LoraConfig(**CONFIG, use_rslora=rslora, init_lora_weights="olora")
     theirs = peft.get_peft_model(copy.deepcopy(model), config)
     _, params = lf.adapt(model, variant, targets=TARGET)
     A, B = factors(theirs)
@@ -400,16 +432,19 @@ def test_olora_is_that_of_peft():
     same_function(model, variant, theirs)
 
 
+@pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
-def test_corda_is_that_of_peft(mode, tmp_path):
+def test_corda_is_that_of_peft(mode, rslora, tmp_path):
     """Both are given one second moment, because PEFT estimates its own otherwise."""
-    model, variant = Net(), lf.CorDA(r=4, alpha=6.0, mode=mode)
+    model, variant = Net(), lf.CorDA(r=4, alpha=6.0, mode=mode, rslora=rslora)
     batches = [torch.randn(100, 8) for _ in range(4)]
     found = lf.collect(model, ["target"], batches, lf.InputMoments())
     file = tmp_path / "covariance.pt"
     torch.save({"target": found["target"].about(0)}, file)
     corda = CordaConfig(covariance_file=str(file), corda_method=mode)
-    config = peft.LoraConfig(**CONFIG, init_lora_weights="corda", corda_config=corda)
+    config = peft.LoraConfig(
+        **CONFIG, use_rslora=rslora, init_lora_weights="corda", corda_config=corda
+    )
     base = copy.deepcopy(model)
     preprocess_corda(base, config)
     theirs = peft.get_peft_model(base, config)
@@ -421,17 +456,32 @@ def test_corda_is_that_of_peft(mode, tmp_path):
     same_function(model, variant, theirs)
 
 
-def test_loraga_is_that_of_peft():
-    """Over three batches, rows of A and columns of B equal PEFT's up to their signs."""
-    model, variant = Net(), lf.LoRAGA(r=4, alpha=6.0, gamma=9.0)
+@pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr", "random"])
+@pytest.mark.parametrize(
+    ("scale", "rslora"),
+    [("stable", False), ("weight_svd", False), ("gd_scale", True), ("unit", False)],
+    ids=["stable", "weight_svd", "gd_scale, rslora", "unit"],
+)
+def test_loraga_is_that_of_peft(direction, scale, rslora, monkeypatch):
+    """Over three batches, rows of A and columns of B equal PEFT's up to their signs.
+
+    Both draw the triplets 1, 3, 4 and 6. PEFT scales by the first that is drawn, ours by the
+    largest.
+    """
+    monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.tensor([1, 3, 4, 6, 7, 0, 2, 5]))
+    model, options = Net(), {"direction": direction, "start_scale": scale, "rslora": rslora}
+    variant = lf.LoRAGA(r=4, alpha=6.0, gamma=9.0, **options)
+    model.target.weight.data = decaying((16, 24), 0, 2.0)  # so that PEFT's approximate SVD is exact
     batches = [torch.randn(50, 8) for _ in range(3)]
 
     def loss(output, batch):
         return (output.square().sum(-1) * batch[:, 0]).mean()
 
     name: Any = "lora_ga"  # which PEFT's annotation lacks
-    loraga = LoraGAConfig(direction="ArB2r", scale="stable", stable_gamma=9)
-    config = peft.LoraConfig(**CONFIG, init_lora_weights=name, lora_ga_config=loraga)
+    loraga = LoraGAConfig(direction=direction, scale=scale, stable_gamma=9)
+    config = peft.LoraConfig(
+        **CONFIG, use_rslora=rslora, init_lora_weights=name, lora_ga_config=loraga
+    )
     base = copy.deepcopy(model)
 
     def backward() -> None:
@@ -447,6 +497,32 @@ def test_loraga_is_that_of_peft():
         signs = (ours * expected).sum(1, keepdim=True).sign()
         assert (ours - signs * expected).abs().max() <= 1e-4 * expected.abs().max()
     same_function(model, variant, theirs)
+
+
+def test_an_orthogonal_start_is_that_of_peft():
+    """The factors have PEFT's size, and their product is zero up to rounding."""
+    model, variant = Net(), lf.InitAB(r=4, alpha=6.0, start="orthogonal")
+    orthogonal: Any = "orthogonal"  # which PEFT's annotation lacks
+    config = peft.LoraConfig(**CONFIG, init_lora_weights=orthogonal)
+    same_function(model, variant, peft.get_peft_model(copy.deepcopy(model), config))
+
+    large = nn.Linear(3000, 2000)
+    theirs: Any = peft.LoraModel(nn.ModuleDict({"target": copy.deepcopy(large)}), config, "default")
+    layer = theirs.model["target"]
+    drawn = variant.init(lf.Weight(large.weight.detach()), torch.Generator().manual_seed(0)).frozen
+    for ours, part in ((drawn["A0"], layer.lora_A), (drawn["B0"], layer.lora_B)):
+        # Of 4000 normal numbers or more: the deviations of both are known to 1 %.
+        assert ours.std().item() == pytest.approx(part["default"].weight.std().item(), rel=0.05)
+    terms = (drawn["B0"].abs() @ drawn["A0"].abs()).max()
+    assert (drawn["B0"] @ drawn["A0"]).abs().max() <= 1e-6 * terms
+
+
+def test_a_layer_without_gradient_starts_at_zero():
+    """There is nothing to scale up to the weight."""
+    weight, variant = lf.Weight(torch.randn(12, 8)), lf.LoRAGA(r=4, start_scale="weight_svd")
+    drawn = variant.init(weight, None, torch.zeros(12, 8))
+    assert torch.equal(drawn.frozen["B0"], torch.zeros(12, 4))
+    assert drawn.frozen["A0"].isfinite().all()
 
 
 # randomized SVD
@@ -518,20 +594,29 @@ def test_randomized_inits_are_near_the_exact_ones():
 # LoRA+
 
 
-@pytest.mark.parametrize("make", [lf.LoRA, lf.EVA], ids=["lora", "eva"])
-def test_lora_plus_groups_are_those_of_peft(make):
+@pytest.mark.parametrize(
+    ("make", "bias"),
+    [(lf.LoRA, False), (lambda **fields: lf.LoRA(add_bias=True, **fields), True), (lf.EVA, False)],
+    ids=["lora", "lora-bias", "eva"],
+)
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")  # to a layer without a bias
+def test_lora_plus_groups_are_those_of_peft(make, bias):
     """PEFT's optimizer has the same rate for the parameter of the same name."""
     model = square_llama()
     adapter, params = with_data(model, make(r=8, lr_ratio=16.0), [ids_batch()])
-    config = peft.LoraConfig(r=8, target_modules=list(ALL.find(model)))
+    config = peft.LoraConfig(r=8, target_modules=list(ALL.find(model)), lora_bias=bias)
     theirs = peft.get_peft_model(copy.deepcopy(model), config)
     rate: dict[str, Any] = {"lr": 1e-4, "loraplus_lr_ratio": 16.0}
     optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, **rate)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    expected = {
-        name.removeprefix("base_model.model.").replace(".default.weight", ""): rates[id(p)]
+    named = {
+        name.removeprefix("base_model.model."): p
         for name, p in theirs.named_parameters()
         if p.requires_grad
+    }
+    expected = {
+        name.replace(".default.weight", "").replace("B.default.bias", "b"): rates[id(p)]
+        for name, p in named.items()
     }
     assert adapter.lr_scale.keys() == params.keys()
     for key, scale in adapter.lr_scale.items():

@@ -24,8 +24,11 @@ from .data import Example, find_examples
 from .model import load_model
 from .report import write_report
 
-TRAINABLE = tuple(name for name, kind in lf.VARIANTS.items() if kind.card.trainable)
-"""What the demo can train. SSteer steers between two sets of data, and has nothing to train."""
+TRAINABLE = tuple(
+    name for name, kind in lf.VARIANTS.items() if kind.card.trainable and kind is not lf.LoftQ
+)
+"""What the demo can train. SSteer steers between two sets of data, and has nothing to train. LoftQ
+needs the float weights of a quantized model."""
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,9 @@ class Adapter:
     def replace(self, **fields: Any) -> Adapter:
         """A new Adapter with other hyperparameters, as in `adapter.replace(coeff=-1.0)`.
 
-        Each field changes in every variant that has it.
+        Each field changes in every variant that has it. A function is called with the old value of
+        each: `adapter.replace(alpha=lambda alpha: alpha / 2)` halves the alpha of every layer,
+        where `alpha=8` would give them all one.
 
         Raises:
             LoraFuncError: a field that no variant has; a value that needs other parameters.
@@ -219,7 +221,11 @@ class Adapter:
         variants = {}
         for path, variant in self.variants.items():
             names = {field.name for field in dataclasses.fields(variant)}
-            own = {name: value for name, value in fields.items() if name in names}
+            own = {
+                name: value(getattr(variant, name)) if callable(value) else value
+                for name, value in fields.items()
+                if name in names
+            }
             variants[path] = dataclasses.replace(variant, **own)
         shapes = {key: torch.empty(shape, device="meta") for key, shape in self.shapes.items()}
         leaves = {**shapes, **self.frozen}

@@ -415,7 +415,7 @@ def file_round_trip(layer: Layer) -> None:
     adapter, params = adapt(model, layer.variant, targets=everywhere, stats=stats)
     for key, name in itertools.product(list(params), layer.names):
         if key.rpartition("lora_")[2] == name and params[key].shape == layer.trained[name].shape:
-            params[key] = layer.trained[name].to(params[key])
+            params[key] = layer.trained[name].to(params[key]).contiguous()  # as in a file
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
         save(path, adapter, params)

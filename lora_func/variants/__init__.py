@@ -8,7 +8,9 @@ from .milora import MiLoRA as MiLoRA
 from .olora import OLoRA as OLoRA
 from .corda import CorDA as CorDA
 from .loraga import LoRAGA as LoRAGA
+from .initab import InitAB as InitAB
 from .eva import EVA as EVA
+from .loftq import LoftQ as LoftQ
 from .adalora import AdaLoRA as AdaLoRA
 from .loraxs import LoRAXS as LoRAXS
 from .tinylora import TinyLoRA as TinyLoRA

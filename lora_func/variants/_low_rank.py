@@ -55,6 +55,11 @@ class Product(Factored):
         return A, self.scale * B
 
 
+def scale_of(alpha: float, r: int, rslora: bool) -> float:
+    """`alpha / r`, or `alpha / sqrt(r)` with rslora (Kalajdzievski 2023, arXiv 2312.03732)."""
+    return alpha / (math.sqrt(r) if rslora else r)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LowRank(Variant):
     """LoRA's hyperparameters, and its scale s."""
@@ -71,7 +76,22 @@ class LowRank(Variant):
     @property
     def scale(self) -> float:
         """s."""
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+        return scale_of(self.alpha, self.r, self.rslora)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoFactors(LowRank, Product):
+    """LoRA's two factors, which may learn at two rates."""
+
+    lr_ratio: float = 1.0  # B learns this many times faster than A (LoRA+ suggests 16); above 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "lr_ratio")
+
+    @property
+    def lr_scale(self):
+        return {"B": self.lr_ratio}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,16 +105,18 @@ class Anchored(Product):
     """
 
     r: int = 8  # rank, from 1 to min(d_in, d_out)
-    alpha: float | None = None  # scale before the division by r, above 0; None: r, so that s = 1
+    alpha: float | None = None  # scale before the division by r, above 0; None: r
+    rslora: bool = False  # divide alpha by sqrt(r) instead of r
 
     def __post_init__(self):
         check_rank(self)
         if self.alpha is not None:
             check_positive(self, "alpha")
+        check_choice(self, "rslora", (False, True))
 
     @property
     def scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.r
+        return scale_of(self.r if self.alpha is None else self.alpha, self.r, self.rslora)
 
     @abc.abstractmethod
     def anchors(

@@ -1,6 +1,6 @@
 """CorDA: LoRA that starts from a data-oriented decomposition. Yang et al. 2024, arXiv 2406.05223.
 
-    out = base_out + s x (BA - B0A0)ᵀ                                              s = alpha / r
+    out = base_out + s x (BA - B0A0)ᵀ          s = alpha / r,  or alpha / sqrt(r) with rslora
 
     C = E[x xᵀ] + 0.01 mean(diag) I,   U S V = svd(W C)
     A0 = sqrt(S_r / s) V_r C⁻¹ [r, d_in],   B0 = U_r sqrt(S_r / s) [d_out, r]

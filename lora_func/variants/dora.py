@@ -1,7 +1,7 @@
 """DoRA: a low-rank update of each output row's direction, and a magnitude for each row.
 Liu et al. 2024, arXiv 2402.09353.
 
-    V = W + s B A,    n_i = |V_i| (row i),    ρ = m / n,    s = alpha / r
+    V = W + s B A,    n_i = |V_i| (row i),    ρ = m / n,    s as in LoRA
     out = base_out + (ρ - 1)(base_out - b) + ρ s (x Aᵀ) Bᵀ                  ( = x (ρ V)ᵀ + b )
 
 A is Kaiming-uniform, B zero, and m = n, computed by the same function. So ρ is exactly 1 and the

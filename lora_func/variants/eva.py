@@ -8,7 +8,8 @@ zero, so the output at init is the base output to the bit. A layer offers up to 
 components. Of all that are offered, the r x (number of layers) with the largest share of their
 layer's variance are taken, and r_l counts those of layer l. With rho = 1 all ranks are r. A layer
 from which none is taken gets no adapter. The scale alpha / r is what PEFT's adjusted
-alpha_l = alpha r_l / r comes to.
+alpha_l = alpha r_l / r comes to. With rslora it is alpha / sqrt(r) in every layer; PEFT multiplies
+that by sqrt(r_l / r), which is 1 where the rank is r.
 
 The components are exact: moments are summed over all tokens and decomposed once. PEFT updates a
 truncated SVD with each batch until it changes little. On one batch both agree; on many PEFT's is an
@@ -27,11 +28,11 @@ from ..checks import check_choice, check_positive, needs_data
 from ..errors import LoraFuncError
 from ..statistics import PrincipalComponents
 from ..variant import Params
-from .lora import LoRA
+from ._low_rank import TwoFactors
 
 
 @dataclass(frozen=True, kw_only=True)
-class EVA(LoRA):
+class EVA(TwoFactors):
     """Explained-variance adaptation, Paischer et al. 2024 (arXiv 2410.07170).
 
     Trainable: A [r_l, d_in], B [d_out, r_l].

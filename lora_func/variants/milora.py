@@ -1,6 +1,6 @@
 """MiLoRA: LoRA that starts from the minor singular triplets. Wang et al. 2024, arXiv 2406.09044.
 
-    out = base_out + s x (BA - B0A0)ᵀ                                              s = alpha / r
+    out = base_out + s x (BA - B0A0)ᵀ          s = alpha / r,  or alpha / sqrt(r) with rslora
 
     A0 = sqrt(S_- / s) V_- [r, d_in],   B0 = U_- sqrt(S_- / s) [d_out, r],   s B0 A0 = U_- S_- V_-
 

@@ -1,12 +1,12 @@
 """OLoRA: LoRA that starts from a QR decomposition of the weight. Büyükakyüz 2024, arXiv 2406.01775.
 
-    out = base_out + s x (BA - B0A0)ᵀ                                              s = alpha / r
+    out = base_out + s x (BA - B0A0)ᵀ          s = alpha / r,  or alpha / sqrt(r) with rslora
 
     W = Q R,   B0 = Q[:, :r] [d_out, r],   A0 = R[:r] [r, d_in]
 
 The columns of B0 are orthonormal. As in PEFT the scale is not divided out of the factors, so the
 start is s Q_r R_r. The output at init is the base output to the bit. The weight is read once, at
-init. alpha = None means r, so that s = 1.
+init. alpha = None means r.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """PiSSA: LoRA that starts from the principal singular triplets. Meng et al. 2024, arXiv 2404.02948.
 
-    out = base_out + s x (BA - B0A0)ᵀ                                              s = alpha / r
+    out = base_out + s x (BA - B0A0)ᵀ          s = alpha / r,  or alpha / sqrt(r) with rslora
 
     A0 = sqrt(S_r / s) V_r [r, d_in],   B0 = U_r sqrt(S_r / s) [d_out, r],   s B0 A0 = U_r S_r V_r
 
