@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_func as lf
+from lora_func.linalg import skew
 from lora_func.testing import ANY, Layer, stats_for
 from lora_func.variant import Variant, Weight
 from lora_func.weights.table import weight_of
@@ -39,6 +40,7 @@ class Peft:
     shared: Mapping[str, str] = field(default_factory=dict)  # shared constant -> PEFT's buffer
     constants: Mapping[str, Callable[[Any], Tensor]] = field(default_factory=dict)
     """Frozen leaf -> its value in PEFT's layer."""
+    twice: tuple[str, ...] = ()  # leaves of which PEFT trains two copies, with half the gradient
 
 
 def of_statistic(variant: Variant, weight: Weight, seed: int) -> Any:
@@ -103,6 +105,13 @@ def even_groups(d_out: int, d_in: int) -> st.SearchStrategy[int]:
     return st.sampled_from([g for g in range(2, 13, 2) if d_out % g == 0])
 
 
+def even_divisors(times: int) -> Ranks:
+    """Even sizes of blocks of the inputs, of which `times` divide them too."""
+    return lambda d_out, d_in: st.sampled_from(
+        [b for b in range(2, 13, 2) if d_in % (times * b) == 0]
+    )
+
+
 fitting = up_to(min)
 from_two = up_to(min, smallest=2)
 none: Ranks = lambda d_out, d_in: None  # noqa: E731
@@ -128,6 +137,10 @@ def arrow(r: int, **fields: Any) -> lf.AntiPaSTOArrow:
 ROAD = {
     "theta": ("road_theta.default", same),
     "a": ("road_alpha.default", lambda a: 1 + a),
+}
+BOFT = {
+    "v": ("boft_R.default", lambda v: skew(-v, 4)),  # the inverse rotation
+    "ds": ("boft_s.default", lambda ds: (1 + ds)[:, None]),
 }
 A_B = {"A": ("lora_A.default.weight", same), "B": ("lora_B.default.weight", same)}
 ANCHORS = {"A0": "lora_A.default.weight", "B0": "lora_B.default.weight"}
@@ -254,6 +267,31 @@ CASES = {
             {"v": ("oft_R.default.weight", lambda v: -v)},
             {"oft_block_size": 4, "block_share": True, "use_cayley_neumann": False},
         ),
+        **second,
+    ),
+    "boft": Case(
+        lambda r: lf.BOFT(block_size=r, m=1),
+        even_divisors(1),
+        smallest=2,
+        multiple=2,
+        activations=1,  # base_out, for the gradient of its scales
+        peft=Peft(BOFT, {"boft_block_size": 4}, twice=("v",)),
+    ),
+    "boft-2": Case(
+        lambda r: lf.BOFT(block_size=r, m=2),
+        even_divisors(2),
+        smallest=4,
+        multiple=4,
+        activations=1,
+        peft=Peft(BOFT, {"boft_block_size": 4, "boft_n_butterfly_factor": 2}, twice=("v",)),
+        **second,
+    ),
+    "boft-3": Case(
+        lambda: lf.BOFT(block_size=2, m=3),
+        none,
+        smallest=8,
+        multiple=8,
+        activations=1,
         **second,
     ),
     "road": Case(

@@ -22,6 +22,7 @@ from .ia3 import IA3 as IA3
 from .ia3ff import IA3FF as IA3FF
 from .hra import HRA as HRA
 from .oft import OFT as OFT
+from .boft import BOFT as BOFT
 from .road import ROAD as ROAD
 from .ssvd import SSVD as SSVD
 from .antipasto import AntiPaSTO as AntiPaSTO
