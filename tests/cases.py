@@ -105,6 +105,13 @@ def even_groups(d_out: int, d_in: int) -> st.SearchStrategy[int]:
     return st.sampled_from([g for g in range(2, 13, 2) if d_out % g == 0])
 
 
+def blocks(d_out: int, d_in: int) -> st.SearchStrategy[int]:
+    """Numbers of blocks, of 2 at least, of inputs and of outputs, in the place of a rank."""
+    return st.sampled_from(
+        [n for n in range(1, 13) if all(d % n == 0 and d >= 2 * n for d in (d_out, d_in))]
+    )
+
+
 def even_divisors(times: int) -> Ranks:
     """Even sizes of blocks of the inputs, of which `times` divide them too."""
     return lambda d_out, d_in: st.sampled_from(
@@ -242,6 +249,21 @@ CASES = {
         lf.HRA,
         up_to(lambda o, i: 12, smallest=2, step=2),
         peft=Peft({"U": ("hra_u.default", lambda U: U.mT)}),
+    ),
+    "ether": Case(
+        lambda r: lf.ETHER(n=r),
+        blocks,
+        smallest=2,
+        multiple=2,
+        moved=lambda variant: 2.0,  # the norm of H - I
+    ),
+    "etherplus": Case(
+        lambda r: lf.ETHERPlus(n=r),
+        blocks,
+        smallest=2,
+        multiple=2,
+        activations=1,  # base_out, for the gradient of its vectors
+        products=4,  # of rank n and 2 sides, each a difference
     ),
     "oft": Case(
         lambda r: lf.OFT(block_size=r),

@@ -21,6 +21,8 @@ from .vera import VeRA as VeRA
 from .ia3 import IA3 as IA3
 from .ia3ff import IA3FF as IA3FF
 from .hra import HRA as HRA
+from .ether import ETHER as ETHER
+from .etherplus import ETHERPlus as ETHERPlus
 from .oft import OFT as OFT
 from .boft import BOFT as BOFT
 from .road import ROAD as ROAD
