@@ -346,6 +346,13 @@ CASES = {
     "ssvd-approximate": Case(
         lambda r: lf.SSVD(r=r, approximate=True), from_two, smallest=2, **second
     ),
+    "svft": Case(lf.SVFT, fitting),
+    "svft-banded": Case(
+        lambda r: lf.SVFT(r=r, pattern="banded", d=1), from_two, smallest=2, **second
+    ),
+    "svft-random": Case(
+        lambda r: lf.SVFT(r=r, pattern="random", d=1), from_two, smallest=2, **second
+    ),
     "antipasto": Case(lf.AntiPaSTO, fitting),
     "antipasto-data": Case(lf.AntiPaSTO, fitting, **data, **second),
     "antipasto-suppress": Case(

@@ -27,6 +27,7 @@ from .oft import OFT as OFT
 from .boft import BOFT as BOFT
 from .road import ROAD as ROAD
 from .ssvd import SSVD as SSVD
+from .svft import SVFT as SVFT
 from .antipasto import AntiPaSTO as AntiPaSTO
 from .antipastorotation import AntiPaSTORotation as AntiPaSTORotation
 from .antipastocorda import AntiPaSTOCorDA as AntiPaSTOCorDA
