@@ -206,6 +206,11 @@ CASES = {
     "tinylora-shared": Case(lambda r: lf.TinyLoRA(r=r, n=5, share=True), fitting, **second),
     # Their one product has rank r², 16 at the rank 4 at which `products` is read.
     "loha": Case(lf.LoHa, products=4, peft=Peft(HADAMARD, {"alpha": 8})),
+    "hira": Case(
+        lf.HiRA,
+        remade=("aten.mm.default", "aten.mul.Tensor"),  # W ∘ (B A), which is not kept
+        peft=Peft({"A": ("hira_A.default", same), "B": ("hira_B.default", same)}),
+    ),
     "abba": Case(lf.ABBA, fitting, products=4),
     "miss": Case(
         lf.MiSS,

@@ -14,6 +14,7 @@ from .loraxs import LoRAXS as LoRAXS
 from .tinylora import TinyLoRA as TinyLoRA
 from .loha import LoHa as LoHa
 from .abba import ABBA as ABBA
+from .hira import HiRA as HiRA
 from .miss import MiSS as MiSS
 from .dora import DoRA as DoRA
 from .delora import DeLoRA as DeLoRA
