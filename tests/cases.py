@@ -378,6 +378,9 @@ CASES = {
         lambda r: rotation(r, rotate_basis="none"), up_to(min, 2, step=2), smallest=2, **second
     ),
     "antipastocorda": Case(lf.AntiPaSTOCorDA, fitting, **data),
+    "antipastocorda-diagonal": Case(
+        lambda r: lf.AntiPaSTOCorDA(r=r, diagonal=True), fitting, **data, **second
+    ),
     # The noise keeps gates within (0, 1): their clamp has no gradient outside. From r = 2 on,
     # because one number has only a sign.
     "antipastoablate": Case(
@@ -401,6 +404,15 @@ CASES = {
     "antipastoarrow": Case(arrow, from_two, smallest=2),
     "antipastoarrow-data": Case(
         lambda r: arrow(r, pool="mean_abs", coeff=-0.8), from_two, smallest=2, **data, **second
+    ),
+    "antipastodplr": Case(lambda r: lf.AntiPaSTODPLR(r=r, k=1), fitting, products=2),
+    "antipastodplr-data": Case(
+        lambda r: lf.AntiPaSTODPLR(r=r, k=r, coeff=-0.8, suppress_only=True, pool="mean_abs"),
+        fitting,
+        noise=lambda n: -0.3 * n.abs(),
+        products=3,
+        **data,
+        **second,
     ),
     "shira": Case(
         lf.SHiRA,

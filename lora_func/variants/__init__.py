@@ -34,6 +34,7 @@ from .antipastorotation import AntiPaSTORotation as AntiPaSTORotation
 from .antipastocorda import AntiPaSTOCorDA as AntiPaSTOCorDA
 from .antipastoablate import AntiPaSTOAblate as AntiPaSTOAblate
 from .antipastoarrow import AntiPaSTOArrow as AntiPaSTOArrow
+from .antipastodplr import AntiPaSTODPLR as AntiPaSTODPLR
 from .ssteer import SSteer as SSteer
 from .shira import SHiRA as SHiRA
 from .full import Full as Full
