@@ -55,6 +55,7 @@ READS = {
     "nothing": "nothing",
     "init": "the matrix once, at init",
     "rows": "the matrix at init, r rows per call",
+    "dense": "the matrix, on each call",
 }
 DATA = {"none": "no", "optional": "if given", "required": "yes"}
 

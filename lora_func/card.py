@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 AT_INIT = ("exact", "rounding", "moved")
-READS = ("nothing", "init", "rows")
+READS = ("nothing", "init", "rows", "dense")
 DATA = ("none", "optional", "required")
 TARGETS = "TARGETS"  # in `Peft.fields`, stands for the names of the target layers
 
@@ -38,7 +38,7 @@ class Card:
     "moved", not at all, by design."""
     reads: str = "rows"
     """Of the weight: "nothing"; "init", the dense matrix once, at init; "rows", also a few rows
-    pushed through it on each call."""
+    pushed through it on each call; "dense", the matrix in each `apply`, which keeps none of it."""
     data: str = "none"
     """Whether `init` uses calibration data: "none", "optional" or "required"."""
     any_shape: bool = False

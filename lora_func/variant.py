@@ -97,6 +97,10 @@ class Weight:
     `Weight(matrix [d_out, d_in], bias [d_out] or None)` is a plain one.
     """
 
+    opaque: ClassVar[bool] = False
+    """Whether the matrix is packed: `dense` unpacks it at each reading, and torch.func transforms
+    cannot pass the layer's own kernel."""
+
     def __init__(self, matrix: Tensor, bias: Tensor | None = None):
         self.matrix = matrix
         self.bias = bias
@@ -122,7 +126,8 @@ class Weight:
     def dense(self) -> Tensor:
         """`W [d_out, d_in]`, in the dtype in which it is stored or dequantized.
 
-        For `init` and `merged`; a forward pass calls the weight instead.
+        For `init` and `merged`. A forward pass calls the weight instead, unless the card says that
+        it reads "dense": then `apply` makes the matrix anew, and keeps none for backward.
         """
         return self.matrix
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_func as lf
+from lora_func.linalg import skew
 from lora_func.testing import ANY, Layer, stats_for
 from lora_func.variant import Variant, Weight
 from lora_func.weights.table import weight_of
@@ -39,6 +40,7 @@ class Peft:
     shared: Mapping[str, str] = field(default_factory=dict)  # shared constant -> PEFT's buffer
     constants: Mapping[str, Callable[[Any], Tensor]] = field(default_factory=dict)
     """Frozen leaf -> its value in PEFT's layer."""
+    twice: tuple[str, ...] = ()  # leaves of which PEFT trains two copies, with half the gradient
 
 
 def of_statistic(variant: Variant, weight: Weight, seed: int) -> Any:
@@ -111,6 +113,20 @@ def even_groups(d_out: int, d_in: int) -> st.SearchStrategy[int]:
     return st.sampled_from([g for g in range(2, 13, 2) if d_out % g == 0])
 
 
+def blocks(d_out: int, d_in: int) -> st.SearchStrategy[int]:
+    """Numbers of blocks, of 2 at least, of inputs and of outputs, in the place of a rank."""
+    return st.sampled_from(
+        [n for n in range(1, 13) if all(d % n == 0 and d >= 2 * n for d in (d_out, d_in))]
+    )
+
+
+def even_divisors(times: int) -> Ranks:
+    """Even sizes of blocks of the inputs, of which `times` divide them too."""
+    return lambda d_out, d_in: st.sampled_from(
+        [b for b in range(2, 13, 2) if d_in % (times * b) == 0]
+    )
+
+
 fitting = up_to(min)
 from_two = up_to(min, smallest=2)
 none: Ranks = lambda d_out, d_in: None  # noqa: E731
@@ -136,6 +152,10 @@ def arrow(r: int, **fields: Any) -> lf.AntiPaSTOArrow:
 ROAD = {
     "theta": ("road_theta.default", same),
     "a": ("road_alpha.default", lambda a: 1 + a),
+}
+BOFT = {
+    "v": ("boft_R.default", lambda v: skew(-v, 4)),  # the inverse rotation
+    "ds": ("boft_s.default", lambda ds: (1 + ds)[:, None]),
 }
 A_B = {"A": ("lora_A.default.weight", same), "B": ("lora_B.default.weight", same)}
 ANCHORS = {"A0": "lora_A.default.weight", "B0": "lora_B.default.weight"}
@@ -227,6 +247,11 @@ CASES = {
     "tinylora-shared": Case(lambda r: lf.TinyLoRA(r=r, n=5, share=True), fitting, **second),
     # Their one product has rank r², 16 at the rank 4 at which `products` is read.
     "loha": Case(lf.LoHa, products=4, peft=Peft(HADAMARD, {"alpha": 8})),
+    "hira": Case(
+        lf.HiRA,
+        remade=("aten.mm.default", "aten.mul.Tensor"),  # W ∘ (B A), which is not kept
+        peft=Peft({"A": ("hira_A.default", same), "B": ("hira_B.default", same)}),
+    ),
     "abba": Case(lf.ABBA, fitting, products=4),
     "miss": Case(
         lf.MiSS,
@@ -281,6 +306,21 @@ CASES = {
         up_to(lambda o, i: 12, smallest=2, step=2),
         peft=Peft({"U": ("hra_u.default", lambda U: U.mT)}),
     ),
+    "ether": Case(
+        lambda r: lf.ETHER(n=r),
+        blocks,
+        smallest=2,
+        multiple=2,
+        moved=lambda variant: 2.0,  # the norm of H - I
+    ),
+    "etherplus": Case(
+        lambda r: lf.ETHERPlus(n=r),
+        blocks,
+        smallest=2,
+        multiple=2,
+        activations=1,  # base_out, for the gradient of its vectors
+        products=4,  # of rank n and 2 sides, each a difference
+    ),
     "oft": Case(
         lambda r: lf.OFT(block_size=r),
         divisors,
@@ -305,6 +345,31 @@ CASES = {
             {"v": ("oft_R.default.weight", lambda v: -v)},
             {"oft_block_size": 4, "block_share": True, "use_cayley_neumann": False},
         ),
+        **second,
+    ),
+    "boft": Case(
+        lambda r: lf.BOFT(block_size=r, m=1),
+        even_divisors(1),
+        smallest=2,
+        multiple=2,
+        activations=1,  # base_out, for the gradient of its scales
+        peft=Peft(BOFT, {"boft_block_size": 4}, twice=("v",)),
+    ),
+    "boft-2": Case(
+        lambda r: lf.BOFT(block_size=r, m=2),
+        even_divisors(2),
+        smallest=4,
+        multiple=4,
+        activations=1,
+        peft=Peft(BOFT, {"boft_block_size": 4, "boft_n_butterfly_factor": 2}, twice=("v",)),
+        **second,
+    ),
+    "boft-3": Case(
+        lambda: lf.BOFT(block_size=2, m=3),
+        none,
+        smallest=8,
+        multiple=8,
+        activations=1,
         **second,
     ),
     "road": Case(
@@ -337,6 +402,13 @@ CASES = {
     "ssvd-approximate": Case(
         lambda r: lf.SSVD(r=r, approximate=True), from_two, smallest=2, **second
     ),
+    "svft": Case(lf.SVFT, fitting),
+    "svft-banded": Case(
+        lambda r: lf.SVFT(r=r, pattern="banded", d=1), from_two, smallest=2, **second
+    ),
+    "svft-random": Case(
+        lambda r: lf.SVFT(r=r, pattern="random", d=1), from_two, smallest=2, **second
+    ),
     "antipasto": Case(lf.AntiPaSTO, fitting),
     "antipasto-data": Case(lf.AntiPaSTO, fitting, **data, **second),
     "antipasto-suppress": Case(
@@ -357,6 +429,9 @@ CASES = {
         lambda r: rotation(r, rotate_basis="none"), up_to(min, 2, step=2), smallest=2, **second
     ),
     "antipastocorda": Case(lf.AntiPaSTOCorDA, fitting, **data),
+    "antipastocorda-diagonal": Case(
+        lambda r: lf.AntiPaSTOCorDA(r=r, diagonal=True), fitting, **data, **second
+    ),
     # The noise keeps gates within (0, 1): their clamp has no gradient outside. From r = 2 on,
     # because one number has only a sign.
     "antipastoablate": Case(
@@ -380,6 +455,15 @@ CASES = {
     "antipastoarrow": Case(arrow, from_two, smallest=2),
     "antipastoarrow-data": Case(
         lambda r: arrow(r, pool="mean_abs", coeff=-0.8), from_two, smallest=2, **data, **second
+    ),
+    "antipastodplr": Case(lambda r: lf.AntiPaSTODPLR(r=r, k=1), fitting, products=2),
+    "antipastodplr-data": Case(
+        lambda r: lf.AntiPaSTODPLR(r=r, k=r, coeff=-0.8, suppress_only=True, pool="mean_abs"),
+        fitting,
+        noise=lambda n: -0.3 * n.abs(),
+        products=3,
+        **data,
+        **second,
     ),
     "shira": Case(
         lf.SHiRA,

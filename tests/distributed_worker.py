@@ -31,6 +31,7 @@ VARIANTS = [
     lf.DeLoRA(r=4, start="paper"),
     lf.HRA(r=4),
     lf.IA3(),
+    lf.HiRA(r=4),
 ]
 
 
@@ -187,7 +188,7 @@ def test_a_base_that_requires_grad_is_refused():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    reading = VARIANTS[1:3]  # DoRA reads the weight on each call, PiSSA at init
+    reading = [*VARIANTS[1:3], VARIANTS[-1]]  # DoRA and HiRA on each call, PiSSA at init
     for law, variants in (
         (test_gradients, VARIANTS),
         (test_adapt_after_sharding, VARIANTS),

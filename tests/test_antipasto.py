@@ -22,12 +22,14 @@ from lora_func.variants.antipastoablate import directions
 from lora_func.weights.table import weight_of
 
 CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
-GAIN = ("antipasto", "antipasto-data", "antipasto-suppress", "antipastocorda")
+CORDA = ("antipastocorda", "antipastocorda-diagonal")
+GAIN = ("antipasto", "antipasto-data", "antipasto-suppress", *CORDA)
 ARROW = ("antipastoarrow", "antipastoarrow-data")
 ABLATE = ("antipastoablate", "antipastoablate-2")
 ROTATION = ("antipastorotation", "antipastorotation-U", "antipastorotation-none")
+DPLR = ("antipastodplr", "antipastodplr-data")
 SSVDS = ("ssvd", "ssvd-approximate")
-ALL = (*GAIN, *ARROW, *ABLATE, *ROTATION, *SSVDS, "ssteer")
+ALL = (*GAIN, *ARROW, *ABLATE, *ROTATION, *DPLR, *SSVDS, "ssteer")
 Q_V = lf.Targets(names=(r"q_proj$", r"v_proj$"))
 
 
@@ -96,7 +98,7 @@ def test_the_weight_is_that_of_the_core(layer, data):
     torch.testing.assert_close(delta(layer), U @ core(layer) @ U.mT @ W, **CLOSE)
 
 
-@over(*GAIN, *ARROW, *ABLATE)
+@over(*GAIN, *ARROW, *ABLATE, *DPLR)
 def test_coeff_of_zero_is_the_base(layer, data):
     """The output equals the base output bit by bit, whatever the parameters are."""
     off = dataclasses.replace(layer.variant, coeff=0.0)
@@ -104,7 +106,7 @@ def test_coeff_of_zero_is_the_base(layer, data):
     assert torch.equal(off.apply(layer.x, base_out, layer.weight, layer.trained), base_out)
 
 
-@over("antipasto-data", "antipastoarrow-data", "antipastorotation-U")
+@over("antipasto-data", "antipastoarrow-data", "antipastorotation-U", "antipastodplr-data")
 def test_data_chooses_the_directions(layer, data):
     """It keeps the directions with the largest S_i |v_i x| over the tokens, in descending S."""
     U, S, V = torch.linalg.svd(layer.weight.matrix, full_matrices=False)
@@ -121,7 +123,14 @@ def test_data_chooses_the_directions(layer, data):
 
 @pytest.mark.parametrize(
     "kind",
-    [lf.AntiPaSTO, lf.AntiPaSTOArrow, lf.AntiPaSTORotation, lf.AntiPaSTOCorDA, lf.AntiPaSTOAblate],
+    [
+        lf.AntiPaSTO,
+        lf.AntiPaSTOArrow,
+        lf.AntiPaSTORotation,
+        lf.AntiPaSTOCorDA,
+        lf.AntiPaSTOAblate,
+        lf.AntiPaSTODPLR,
+    ],
 )
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_more_directions_than_the_layer_has(kind, calibrated):
@@ -263,6 +272,22 @@ def test_the_oriented_basis(layer, data):
     assert lost(U) <= lost(plain) * (1 + 1e-9) + 1e-9
 
 
+@over("antipastocorda-diagonal")
+def test_the_basis_of_a_diagonal(layer, data):
+    """U are left singular vectors of W diag(E[x²] + eps)^(1/2), in which W loses little of x."""
+    W, scale = layer.weight.matrix, (layer.stats + layer.variant.cov_eps).sqrt()
+    U, S, _ = torch.linalg.svd(W @ scale.diag(), full_matrices=False)
+    r = layer.variant.r
+    assume(len(S) <= r or S[r - 1] > 1.01 * S[r])
+    torch.testing.assert_close(projector(layer.trained["U"]), projector(U[:, :r]), **CLOSE)
+    x = layer.x
+    statistic: Any = lf.AntiPaSTOCorDA(diagonal=True).statistic
+    state = statistic.update(statistic.update(None, x), 2 * x)
+    squares = statistic.finalize({"seen": state, "not seen": None})
+    torch.testing.assert_close(squares["seen"], 2.5 * x.square().mean(0), **CLOSE)
+    assert squares.keys() == {"seen"}
+
+
 def test_corda_needs_as_many_tokens_as_directions():
     few = lf.Moments(3, torch.zeros(8), torch.eye(8))
     message = r"AntiPaSTOCorDA\(r=4\) needs at least 4 calibration tokens, and got 3"
@@ -277,6 +302,26 @@ def test_fresh_gains_need_no_data():
     again = adapter.init(model)
     assert again.keys() == params.keys()
     assert all(not leaf.any() for leaf in again.values())
+
+
+# the low-rank core
+
+
+@over(*DPLR)
+def test_gains_and_a_low_rank_core(layer, data):
+    """W_eff = W + U (diag(S ELU(c g)) + c B A) V"""
+    variant, p = layer.variant, layer.trained
+    expected = p["U"] @ (p["S"].diag() @ gain_core(variant, p) + variant.coeff * p["B"] @ p["A"])
+    torch.testing.assert_close(delta(layer), expected @ p["V"], **CLOSE)
+
+
+@over(*DPLR)
+def test_without_the_core_these_are_the_gains(layer, data):
+    """The form in inputs equals AntiPaSTO's in outputs."""
+    variant, p = layer.variant, layer.trained
+    gains = lf.AntiPaSTO(r=variant.r, coeff=variant.coeff, suppress_only=variant.suppress_only)
+    expected = gains.apply(layer.x, layer.base(layer.x), layer.weight, {"U": p["U"], "g": p["g"]})
+    torch.testing.assert_close(layer.at({"B": torch.zeros_like(p["B"])}), expected, **CLOSE)
 
 
 # the dense block
@@ -645,7 +690,7 @@ def test_replace_of_what_cannot_be_replaced(variant):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("model_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    "name", [*ABLATE, "antipasto", "antipastoarrow", "antipastorotation", "ssvd"]
+    "name", [*ABLATE, "antipasto", "antipastoarrow", "antipastorotation", "antipastodplr", "ssvd"]
 )
 def test_parameters_in_another_dtype_than_the_constants(name, dtype, model_dtype):
     """Forward, gradient and merge of a float64 model with float32 parameters, and vice versa."""

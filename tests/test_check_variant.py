@@ -152,6 +152,23 @@ class ReadsMoreThanItSays(Sound):
         return super().apply(x, base_out, weight, params) + (0 * rows).sum().to(base_out.dtype)
 
 
+class ReadsTheMatrix(Sound):
+    card = lf.Card(reads="rows")
+
+    def apply(self, x, base_out, weight, params):
+        out = super().apply(x, base_out, weight, params)
+        return out + (0 * weight.dense()).sum().to(out.dtype)
+
+
+class SaysThatItReadsTheMatrix(ReadsTheMatrix):
+    card = lf.Card(reads="dense")
+
+
+class PreparesFromTheMatrix(SaysThatItReadsTheMatrix):
+    def prepare(self, weight, params, dtype):
+        return {**params, "A": params["A"] + (0 * weight.dense()).sum()}
+
+
 class DrawsInFloat64(Sound):
     def init(self, weight, generator, stats=None):
         drawn = super().init(weight, generator).trainable
@@ -227,6 +244,15 @@ def test_unknown_laws_are_named():
 def test_factors_that_cancel_at_init_are_not_exact():
     with pytest.raises(Broken, match=r"the terms of B A at init, .* add up to 2, not 0"):
         check_variant(CancelsAtInit(), laws=["merged_at_init_is_the_weight"])
+
+
+def test_the_matrix_on_each_call():
+    """Only in `apply`, and only if the card says so: what is prepared from it would be kept."""
+    check_variant(SaysThatItReadsTheMatrix(), laws=["reads_of_the_weight"])
+    for kind, says in ((ReadsTheMatrix, "rows"), (PreparesFromTheMatrix, "dense")):
+        message = f"the dense weight was read, where the card says '{says}'"
+        with pytest.raises(Broken, match=message):
+            check_variant(kind(), laws=["reads_of_the_weight"])
 
 
 @pytest.mark.parametrize("law", BREAKERS)

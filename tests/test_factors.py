@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cases import CASES, catalogue, layers
@@ -21,7 +23,7 @@ LOW_RANK = {
 def test_who_has_factors():
     """The others scale or rotate the weight, or add a matrix of full rank."""
     without = {case.example.name() for case in CASES.values() if not has_factors(case.example)}
-    assert without == {"dora", "ia3", "ia3ff", "oft", "road", "full", "shira"}
+    assert without == {"dora", "ia3", "ia3ff", "oft", "boft", "road", "full", "shira", "hira"}
 
 
 @pytest.mark.parametrize("name", LOW_RANK)
@@ -29,10 +31,15 @@ def test_who_has_factors():
 def test_the_rank(name, data):
     """r, or 2 r where a frozen start is subtracted."""
     layer = data.draw(layers(LOW_RANK[name], sizes=st.integers(4, 24), leads=((1,),)))
-    A, B = layer.variant.factors(layer.weight, layer.trained)
-    r = len(layer.init["A"]) if "A" in layer.names else layer.variant.r
-    expected = 2 * r if "A0" in layer.init else getattr(layer.variant, "k", r)
-    if isinstance(layer.variant, (lf.LoHa, lf.ABBA)):  # a product entry by entry multiplies ranks
+    variant: Any = layer.variant
+    A, B = variant.factors(layer.weight, layer.trained)
+    r: Any = len(layer.init["A"]) if "A" in layer.names else getattr(variant, "r", None)
+    expected = 2 * r if "A0" in layer.init else getattr(variant, "k", r)
+    if isinstance(variant, lf.AntiPaSTODPLR):  # its A and B are within the r directions
+        expected = variant.r
+    if isinstance(variant, (lf.ETHER, lf.ETHERPlus)):  # a difference of two, on two sides
+        expected = variant.n if isinstance(variant, lf.ETHER) else 4 * variant.n
+    if isinstance(variant, (lf.LoHa, lf.ABBA)):  # a product entry by entry multiplies ranks
         expected = r * r
     assert len(A) == B.shape[1] == expected
 

@@ -39,6 +39,25 @@ class Net(nn.Module):
         return self.last(torch.tanh(self.target(torch.tanh(self.first(x)))))
 
 
+class BlockDiagonal:
+    """PEFT's kernel for BOFT, [N, D, H, H] -> [N, D H, D H], which it compiles for a GPU."""
+
+    @staticmethod
+    def forward(blocks):
+        return [torch.stack([torch.block_diag(*own) for own in blocks])]
+
+    @staticmethod
+    def backward(grad, blocks):
+        rows = grad.unflatten(1, blocks.shape[1:3]).unflatten(3, blocks.shape[1:3])
+        return [rows.diagonal(dim1=1, dim2=3).movedim(-1, 1)]
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch):
+    """Without its kernel, PEFT warns and takes one butterfly factor."""
+    monkeypatch.setattr(peft.tuners.boft.layer, "get_fbd_cuda", lambda: BlockDiagonal)
+
+
 def config_of(case: Case) -> Any:
     """PEFT's config of the same method, with the same rank and scale."""
     assert case.peft is not None
@@ -84,7 +103,7 @@ def test_outputs_and_gradients(case: Case, shape, bias: bool):
         gradient = grads[f"target.lora_{name}"]
         # `convert` permutes and shifts entries; on gradients only the permutation applies.
         moved = convert(gradient) - convert(torch.zeros_like(gradient))
-        assert_close(moved, own[parameter].grad)
+        assert_close(moved / 2 if name in case.peft.twice else moved, own[parameter].grad)
     xs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
     (adapter(model, trained, xs[0]) * weights).sum().backward()
     (theirs(xs[1]) * weights).sum().backward()
@@ -100,7 +119,10 @@ def test_merged_weights(case: Case):
     assert_close(lf.merge(adapter, model, trained)["target.weight"], expected)
 
 
-@over_compared
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=n) for n, case in compared.items() if case.peft and not case.peft.twice],
+)
 def test_number_of_parameters(case: Case):
     model = Net(bias=True)
     _, params = lf.adapt(model, case.variant(R), targets=HERE)

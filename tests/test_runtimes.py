@@ -52,7 +52,7 @@ NORMS = {
     "prune": lambda layer: prune.random_unstructured(layer, "weight", 0.3),
 }
 over_norms = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS.keys())
-READING = ("pissa", "dora", "dora-full", "delora-paper", "antipasto")  # the weight
+READING = ("pissa", "dora", "dora-full", "delora-paper", "antipasto", "hira")  # the weight
 old = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
 
 

@@ -349,7 +349,9 @@ def reads_of_the_weight(layer: Layer) -> None:
     weight = Guarded.__new__(Guarded)
     layer.variant.init(weight, torch.Generator(), layer.stats)
     weight.open = False
-    layer(layer.trained, weight=weight)
+    prepared = Prepared(layer.variant.prepare(weight, layer.trained, layer.x.dtype))
+    weight.open = reads == "dense"
+    layer(prepared, weight=weight)
 
 
 @law(dtypes=(torch.float64, torch.bfloat16))

@@ -16,6 +16,7 @@ from .loraxs import LoRAXS as LoRAXS
 from .tinylora import TinyLoRA as TinyLoRA
 from .loha import LoHa as LoHa
 from .abba import ABBA as ABBA
+from .hira import HiRA as HiRA
 from .miss import MiSS as MiSS
 from .dora import DoRA as DoRA
 from .delora import DeLoRA as DeLoRA
@@ -23,14 +24,19 @@ from .vera import VeRA as VeRA
 from .ia3 import IA3 as IA3
 from .ia3ff import IA3FF as IA3FF
 from .hra import HRA as HRA
+from .ether import ETHER as ETHER
+from .etherplus import ETHERPlus as ETHERPlus
 from .oft import OFT as OFT
+from .boft import BOFT as BOFT
 from .road import ROAD as ROAD
 from .ssvd import SSVD as SSVD
+from .svft import SVFT as SVFT
 from .antipasto import AntiPaSTO as AntiPaSTO
 from .antipastorotation import AntiPaSTORotation as AntiPaSTORotation
 from .antipastocorda import AntiPaSTOCorDA as AntiPaSTOCorDA
 from .antipastoablate import AntiPaSTOAblate as AntiPaSTOAblate
 from .antipastoarrow import AntiPaSTOArrow as AntiPaSTOArrow
+from .antipastodplr import AntiPaSTODPLR as AntiPaSTODPLR
 from .ssteer import SSteer as SSteer
 from .shira import SHiRA as SHiRA
 from .full import Full as Full

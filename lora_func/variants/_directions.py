@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_fits, check_number, check_rank
 from ..linalg import at_least_float32, top_svd
+from ..variant import Variant
 from ._low_rank import Factored
 
 
@@ -48,8 +49,8 @@ class Directions(Factored):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gains(Directions):
-    """A learned gain 1 + ELU(coeff g) > 0 for each of r directions."""
+class Gain(Variant):
+    """The hyperparameters of a learned gain 1 + ELU(coeff g) > 0 for each of r directions."""
 
     r: int = 256  # directions, from 1 to min(d_in, d_out)
     coeff: float = 1.0  # factor of g, any number; may change at inference
@@ -63,6 +64,11 @@ class Gains(Directions):
     def gain(self, g):
         """`ELU(coeff g)`: how far the gains are from 1."""
         return F.elu(self.coeff * (g.clamp(max=0) if self.suppress_only else g))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gains(Gain, Directions):
+    """These gains, and nothing else."""
 
     def core(self, params):
         return {"U": params["U"], "gain": self.gain(params["g"])}

@@ -10,6 +10,10 @@ mean square over the data. U is the eigenbasis of E[(y - b)(y - b)ᵀ] + eps W W
 uncentred principal components of the layer's outputs. (CorDA itself, and PEFT, take C and not its
 root, which gives another basis.) g = 0 gives the base output to the bit. At least r tokens are
 needed. The anchor g0 = 0 lets `Adapter.init` start anew without data. The weight is read once.
+
+`diagonal` takes the diagonal of C alone: lora-lite's AntiPaSTO-ASVD, after Yuan et al. 2023, arXiv
+2312.05821. Then calibration sums d_in numbers and not d_in², nothing but W is decomposed, and one
+token is enough.
 """
 
 from __future__ import annotations
@@ -19,12 +23,27 @@ from dataclasses import dataclass
 import torch
 
 from ..card import Card
-from ..checks import check_fits, check_positive, needs_data
+from ..checks import check_choice, check_fits, check_positive, needs_data
 from ..errors import LoraFuncError
 from ..linalg import at_least_float32, matrix_root
-from ..statistics import InputMoments
-from ..variant import Params
+from ..statistics import InputMoments, check_shape
+from ..variant import Params, Statistic
 from ._directions import Gains
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanSquares(Statistic):
+    """`E[x²] [d_in]` of each of a layer's inputs."""
+
+    def update(self, state, tokens):
+        n, total = (0, 0.0) if state is None else state
+        return n + len(tokens), total + at_least_float32(tokens).square().sum(0)
+
+    def finalize(self, states):
+        return {path: state[1] / state[0] for path, state in states.items() if state is not None}
+
+    def check(self, stats, weight):
+        check_shape(self, stats, weight.shape[1:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,29 +67,36 @@ class AntiPaSTOCorDA(Gains):
     )
 
     cov_eps: float = 1e-3  # added to the eigenvalues of the second moment, above 0
+    diagonal: bool = False  # take the diagonal of the second moment alone
 
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "cov_eps")
+        check_choice(self, "diagonal", (False, True))
 
     @property
     def statistic(self):
-        return InputMoments()
+        return MeanSquares() if self.diagonal else InputMoments()
 
     def init(self, weight, generator, stats=None):
         if stats is None:
             raise needs_data(self, "the second moment of its inputs")
         check_fits(self, weight.shape)
+        W = at_least_float32(weight.dense())
+        U, _, _ = torch.linalg.svd(self.oriented(W, stats), full_matrices=False)
+        g = torch.zeros(self.r, dtype=torch.float32)
+        return Params({"g": g}, frozen={"U": U[:, : self.r], "g0": U.new_zeros(self.r)})
+
+    def oriented(self, W, stats):
+        """W C^(1/2)"""
+        if self.diagonal:
+            return W * (stats + self.cov_eps).sqrt().to(W.device)
         if stats.n < self.r:
             raise LoraFuncError(
                 f"AntiPaSTOCorDA(r={self.r}) needs at least {self.r} calibration tokens, and got "
                 f"{stats.n}"
             )
-        root = matrix_root(stats.about(0), self.cov_eps).to(weight.device)
-        W = at_least_float32(weight.dense())
-        U, _, _ = torch.linalg.svd(W @ root, full_matrices=False)
-        g = torch.zeros(self.r, dtype=torch.float32)
-        return Params({"g": g}, frozen={"U": U[:, : self.r], "g0": U.new_zeros(self.r)})
+        return W @ matrix_root(stats.about(0), self.cov_eps).to(W.device)
 
     def like(self, weight, leaves):
         g = torch.empty(self.r)

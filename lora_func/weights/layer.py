@@ -17,8 +17,6 @@ class LayerWeight(Weight):
     A new way of holding a matrix is a subclass, and a line in `table.KINDS`.
     """
 
-    opaque = False  # whether torch.func transforms cannot pass the layer's own kernel
-
     def __init__(self, layer: Any):
         self.layer = layer  # Any: nn.Module types each attribute as a tensor or a module
 
