@@ -151,6 +151,17 @@ TINY = {
 HADAMARD = {
     name: (f"hada_{name[:2]}_{name[2]}.default", same) for name in ("w1a", "w1b", "w2a", "w2b")
 }
+KRONECKER = {
+    name: (f"lokr_{'_'.join((name[:2], *name[2:]))}.default", same)
+    for name in ("w1", "w1a", "w1b", "w2", "w2a", "w2b")
+}
+
+
+def kronecker(*names: str) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
+    """The leaves of LoKr that the layers of the differential test have."""
+    return {name: KRONECKER[name] for name in names}
+
+
 CASES = {
     "lora": Case(lf.LoRA, peft=Peft(A_B)),
     "lora-rs": Case(
@@ -186,6 +197,20 @@ CASES = {
     "tinylora-shared": Case(lambda r: lf.TinyLoRA(r=r, n=5, share=True), fitting, **second),
     # Their one product has rank r², 16 at the rank 4 at which `products` is read.
     "loha": Case(lf.LoHa, products=4, peft=Peft(HADAMARD, {"alpha": 8})),
+    # Two intermediates of m r and of l r, with l = m = 16 where `products` is read.
+    "lokr": Case(lf.LoKr, products=32, peft=Peft(kronecker("w1", "w2"))),
+    "lokr-factor": Case(
+        lambda r: lf.LoKr(r=r, alpha=3.0, decompose_factor=2),
+        products=32,
+        peft=Peft(kronecker("w1", "w2a", "w2b"), {"alpha": 3, "decompose_factor": 2}),
+        **second,
+    ),
+    "lokr-both": Case(
+        lambda r: lf.LoKr(r=r, decompose_factor=12, decompose_both=True),
+        products=40,
+        peft=Peft(kronecker("w1a", "w1b", "w2"), {"decompose_factor": 12, "decompose_both": True}),
+        **second,
+    ),
     "abba": Case(lf.ABBA, fitting, products=4),
     "miss": Case(
         lf.MiSS,

@@ -13,6 +13,7 @@ from .adalora import AdaLoRA as AdaLoRA
 from .loraxs import LoRAXS as LoRAXS
 from .tinylora import TinyLoRA as TinyLoRA
 from .loha import LoHa as LoHa
+from .lokr import LoKr as LoKr
 from .abba import ABBA as ABBA
 from .miss import MiSS as MiSS
 from .dora import DoRA as DoRA
