@@ -39,6 +39,7 @@ class Peft:
     shared: Mapping[str, str] = field(default_factory=dict)  # shared constant -> PEFT's buffer
     constants: Mapping[str, Callable[[Any], Tensor]] = field(default_factory=dict)
     """Frozen leaf -> its value in PEFT's layer."""
+    gradient_in_x: bool = True  # whether PEFT's is that of its function
 
 
 def of_statistic(variant: Variant, weight: Weight, seed: int) -> Any:
@@ -96,6 +97,11 @@ def up_to(limit: Callable[[int, int], int], smallest: int = 1, step: int = 1) ->
 def divisors(d_out: int, d_in: int) -> st.SearchStrategy[int]:
     """Sizes of blocks of the inputs, in the place of a rank."""
     return st.sampled_from([b for b in range(2, 13) if d_in % b == 0] or [d_in])
+
+
+def common(d_out: int, d_in: int) -> st.SearchStrategy[int]:
+    """Sizes of blocks of both."""
+    return st.sampled_from([b for b in range(1, 97) if d_out % b == d_in % b == 0])
 
 
 def even_groups(d_out: int, d_in: int) -> st.SearchStrategy[int]:
@@ -361,6 +367,14 @@ CASES = {
         smallest=2,
         remade=("aten.new_zeros.default", "aten.index_put.default"),  # ΔW, which is not kept
         peft=Peft({"v": ("shira_weight.default", same)}, constants=POSITIONS),
+    ),
+    "c3a": Case(
+        lambda r: lf.C3A(block_size=r),
+        common,
+        smallest=4,
+        multiple=4,
+        activations=2,  # the transform of x, 1.5 of its size for blocks of 4
+        peft=Peft({"w": ("c3a_kernel.default", same)}, {"block_size": 4}, gradient_in_x=False),
     ),
     "full": Case(lf.Full, none),
     "ssteer": Case(
