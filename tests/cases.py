@@ -137,6 +137,10 @@ ROAD = {
 }
 A_B = {"A": ("lora_A.default.weight", same), "B": ("lora_B.default.weight", same)}
 ANCHORS = {"A0": "lora_A.default.weight", "B0": "lora_B.default.weight"}
+FREQUENCIES = {
+    "rows": lambda layer: layer.indices["default"][0],
+    "cols": lambda layer: layer.indices["default"][1],
+}
 POSITIONS = {
     "rows": lambda layer: layer.shira_indices["default"][0],
     "cols": lambda layer: layer.shira_indices["default"][1],
@@ -367,6 +371,18 @@ CASES = {
         smallest=2,
         remade=("aten.new_zeros.default", "aten.index_put.default"),  # ΔW, which is not kept
         peft=Peft({"v": ("shira_weight.default", same)}, constants=POSITIONS),
+    ),
+    "fourierft": Case(
+        lambda r: lf.FourierFT(n=5 * r, alpha=100.0),
+        up_to(lambda o, i: o * i // 5),
+        smallest=3,
+        # ΔW, which is not kept
+        remade=("aten.new_zeros.default", "aten.index_put.default", "aten._fft_c2c.default"),
+        peft=Peft(
+            {"c": ("fourierft_spectrum.default", same)},
+            {"n_frequency": 20, "scaling": 100.0},
+            constants=FREQUENCIES,
+        ),
     ),
     "c3a": Case(
         lambda r: lf.C3A(block_size=r),

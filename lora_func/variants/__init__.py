@@ -32,6 +32,7 @@ from .antipastoablate import AntiPaSTOAblate as AntiPaSTOAblate
 from .antipastoarrow import AntiPaSTOArrow as AntiPaSTOArrow
 from .ssteer import SSteer as SSteer
 from .shira import SHiRA as SHiRA
+from .fourierft import FourierFT as FourierFT
 from .c3a import C3A as C3A
 from .full import Full as Full
 
