@@ -256,6 +256,18 @@ CASES = {
             shared={"A": "vera_A.default", "B": "vera_B.default"},
         ),
     ),
+    "randlora": Case(
+        lambda r: lf.RandLoRA(r=r, alpha=5.0),
+        remade=("aten.mul.Tensor", "aten.mul.Tensor"),  # S, which is not kept
+        peft=Peft(
+            {
+                "lam": ("randlora_lambda.default", same),
+                "gam": ("randlora_gamma.default", same),
+            },
+            {"randlora_alpha": 5},
+            shared={"A": "randlora_A.default", "B": "randlora_B.default"},
+        ),
+    ),
     "ia3": Case(
         lf.IA3, none, activations=1, peft=Peft({"d": ("ia3_l.default", lambda d: (1 + d)[:, None])})
     ),

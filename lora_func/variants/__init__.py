@@ -19,6 +19,7 @@ from .miss import MiSS as MiSS
 from .dora import DoRA as DoRA
 from .delora import DeLoRA as DeLoRA
 from .vera import VeRA as VeRA
+from .randlora import RandLoRA as RandLoRA
 from .ia3 import IA3 as IA3
 from .ia3ff import IA3FF as IA3FF
 from .hra import HRA as HRA
