@@ -41,6 +41,7 @@ class Peft:
     constants: Mapping[str, Callable[[Any], Tensor]] = field(default_factory=dict)
     """Frozen leaf -> its value in PEFT's layer."""
     twice: tuple[str, ...] = ()  # leaves of which PEFT trains two copies, with half the gradient
+    gradient_in_x: bool = True  # whether PEFT's is that of its function
 
 
 def of_statistic(variant: Variant, weight: Weight, seed: int) -> Any:
@@ -108,6 +109,11 @@ def divisors(d_out: int, d_in: int) -> st.SearchStrategy[int]:
     return st.sampled_from([b for b in range(2, 13) if d_in % b == 0] or [d_in])
 
 
+def common(d_out: int, d_in: int) -> st.SearchStrategy[int]:
+    """Sizes of blocks of both."""
+    return st.sampled_from([b for b in range(1, 97) if d_out % b == d_in % b == 0])
+
+
 def even_groups(d_out: int, d_in: int) -> st.SearchStrategy[int]:
     """Sizes of groups of the outputs."""
     return st.sampled_from([g for g in range(2, 13, 2) if d_out % g == 0])
@@ -159,6 +165,10 @@ BOFT = {
 }
 A_B = {"A": ("lora_A.default.weight", same), "B": ("lora_B.default.weight", same)}
 ANCHORS = {"A0": "lora_A.default.weight", "B0": "lora_B.default.weight"}
+FREQUENCIES = {
+    "rows": lambda layer: layer.indices["default"][0],
+    "cols": lambda layer: layer.indices["default"][1],
+}
 POSITIONS = {
     "rows": lambda layer: layer.shira_indices["default"][0],
     "cols": lambda layer: layer.shira_indices["default"][1],
@@ -179,6 +189,17 @@ TINY = {
 HADAMARD = {
     name: (f"hada_{name[:2]}_{name[2]}.default", same) for name in ("w1a", "w1b", "w2a", "w2b")
 }
+KRONECKER = {
+    name: (f"lokr_{'_'.join((name[:2], *name[2:]))}.default", same)
+    for name in ("w1", "w1a", "w1b", "w2", "w2a", "w2b")
+}
+
+
+def kronecker(*names: str) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
+    """The leaves of LoKr that the layers of the differential test have."""
+    return {name: KRONECKER[name] for name in names}
+
+
 CASES = {
     "lora": Case(lf.LoRA, peft=Peft(A_B)),
     "lora-rs": Case(
@@ -252,6 +273,20 @@ CASES = {
         remade=("aten.mm.default", "aten.mul.Tensor"),  # W ∘ (B A), which is not kept
         peft=Peft({"A": ("hira_A.default", same), "B": ("hira_B.default", same)}),
     ),
+    # Two intermediates of m r and of l r, with l = m = 16 where `products` is read.
+    "lokr": Case(lf.LoKr, products=32, peft=Peft(kronecker("w1", "w2"))),
+    "lokr-factor": Case(
+        lambda r: lf.LoKr(r=r, alpha=3.0, decompose_factor=2),
+        products=32,
+        peft=Peft(kronecker("w1", "w2a", "w2b"), {"alpha": 3, "decompose_factor": 2}),
+        **second,
+    ),
+    "lokr-both": Case(
+        lambda r: lf.LoKr(r=r, decompose_factor=12, decompose_both=True),
+        products=40,
+        peft=Peft(kronecker("w1a", "w1b", "w2"), {"decompose_factor": 12, "decompose_both": True}),
+        **second,
+    ),
     "abba": Case(lf.ABBA, fitting, products=4),
     "miss": Case(
         lf.MiSS,
@@ -295,6 +330,18 @@ CASES = {
         peft=Peft(
             {"lb": ("vera_lambda_b.default", same), "ld": ("vera_lambda_d.default", same)},
             shared={"A": "vera_A.default", "B": "vera_B.default"},
+        ),
+    ),
+    "randlora": Case(
+        lambda r: lf.RandLoRA(r=r, alpha=5.0),
+        remade=("aten.mul.Tensor", "aten.mul.Tensor"),  # S, which is not kept
+        peft=Peft(
+            {
+                "lam": ("randlora_lambda.default", same),
+                "gam": ("randlora_gamma.default", same),
+            },
+            {"randlora_alpha": 5},
+            shared={"A": "randlora_A.default", "B": "randlora_B.default"},
         ),
     ),
     "ia3": Case(
@@ -471,6 +518,26 @@ CASES = {
         smallest=2,
         remade=("aten.new_zeros.default", "aten.index_put.default"),  # ΔW, which is not kept
         peft=Peft({"v": ("shira_weight.default", same)}, constants=POSITIONS),
+    ),
+    "fourierft": Case(
+        lambda r: lf.FourierFT(n=5 * r, alpha=100.0),
+        up_to(lambda o, i: o * i // 5),
+        smallest=3,
+        # ΔW, which is not kept
+        remade=("aten.new_zeros.default", "aten.index_put.default", "aten._fft_c2c.default"),
+        peft=Peft(
+            {"c": ("fourierft_spectrum.default", same)},
+            {"n_frequency": 20, "scaling": 100.0},
+            constants=FREQUENCIES,
+        ),
+    ),
+    "c3a": Case(
+        lambda r: lf.C3A(block_size=r),
+        common,
+        smallest=4,
+        multiple=4,
+        activations=2,  # the transform of x, 1.5 of its size for blocks of 4
+        peft=Peft({"w": ("c3a_kernel.default", same)}, {"block_size": 4}, gradient_in_x=False),
     ),
     "full": Case(lf.Full, none),
     "ssteer": Case(

@@ -18,7 +18,7 @@ from lora_func.engine.layer import AdaptedLayer
 ALL = lf.Targets(roles=())
 VIEWS = (
     *("alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split"),
-    *("squeeze", "t", "transpose", "unbind", "unsqueeze", "view"),
+    *("squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "view_as_real"),
 )
 
 
@@ -54,7 +54,8 @@ def test_a_second_token_computes_from_the_token_alone(case, dtype):
     first = bound(x)
     with Independent(x) as found:
         assert torch.equal(bound(x), first)
-    assert found.kernels == list(case.remade)
+    casts = {"aten._to_copy.default"} if case.remade else set()  # of what is made anew
+    assert [kernel for kernel in found.kernels if kernel not in casts] == list(case.remade)
 
 
 @torch.no_grad()

@@ -15,12 +15,14 @@ from .adalora import AdaLoRA as AdaLoRA
 from .loraxs import LoRAXS as LoRAXS
 from .tinylora import TinyLoRA as TinyLoRA
 from .loha import LoHa as LoHa
+from .lokr import LoKr as LoKr
 from .abba import ABBA as ABBA
 from .hira import HiRA as HiRA
 from .miss import MiSS as MiSS
 from .dora import DoRA as DoRA
 from .delora import DeLoRA as DeLoRA
 from .vera import VeRA as VeRA
+from .randlora import RandLoRA as RandLoRA
 from .ia3 import IA3 as IA3
 from .ia3ff import IA3FF as IA3FF
 from .hra import HRA as HRA
@@ -39,6 +41,8 @@ from .antipastoarrow import AntiPaSTOArrow as AntiPaSTOArrow
 from .antipastodplr import AntiPaSTODPLR as AntiPaSTODPLR
 from .ssteer import SSteer as SSteer
 from .shira import SHiRA as SHiRA
+from .fourierft import FourierFT as FourierFT
+from .c3a import C3A as C3A
 from .full import Full as Full
 
 VARIANTS: dict[str, type[Variant]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,16 +30,28 @@ def scattered(v: Tensor, rows: Tensor, cols: Tensor, shape: tuple[int, ...]) -> 
     return v.new_zeros(shape).index_put((rows, cols), v)
 
 
-def sparse_product(
-    x: Tensor, v: Tensor, rows: Tensor, cols: Tensor, shape: tuple[int, ...]
-) -> Tensor:
-    """`x Sᵀ` for S = `scattered(v, rows, cols, shape)` and `x [.., d_in]` in the dtype of v.
+def same(S: Tensor) -> Tensor:
+    """S."""
+    return S
 
-    Keeps its arguments for backward, and makes S anew there.
+
+def sparse_product(
+    x: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    shape: tuple[int, ...],
+    *,
+    through: Callable[[Tensor], Tensor] = same,
+) -> Tensor:
+    """`x Mᵀ` for M = `through(scattered(v, rows, cols, shape))` and `x [.., d_in]`.
+
+    `through` is linear and its own adjoint. Keeps its arguments for backward, and makes M anew
+    there.
     """
     if torch.compiler.is_compiling():  # which traces no jvp, and itself chooses what to keep
-        return F.linear(x, scattered(v, rows, cols, shape))
-    return SparseProduct.apply(x, v, rows, cols, shape[0])
+        return F.linear(x, through(scattered(v, rows, cols, shape)).to(x.dtype))
+    return SparseProduct.apply(x, v, rows, cols, shape[0], through)
 
 
 class SparseProduct(torch.autograd.Function):
@@ -47,12 +60,13 @@ class SparseProduct(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, v, rows, cols, d_out):  # pyright: ignore
-        return F.linear(x, scattered(v, rows, cols, (d_out, x.shape[-1])))
+    def forward(x, v, rows, cols, d_out, through):  # pyright: ignore  # noqa: PLR0917
+        M = through(scattered(v, rows, cols, (d_out, x.shape[-1])))
+        return F.linear(x, M.to(x.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
-        *tensors, d_out = inputs
+        *tensors, d_out, ctx.through = inputs
         ctx.shape = d_out, tensors[0].shape[-1]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
@@ -60,12 +74,12 @@ class SparseProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad):  # pyright: ignore
         x, v, rows, cols = ctx.saved_tensors
-        dx = grad @ scattered(v, rows, cols, ctx.shape)
-        dS = grad.reshape(-1, grad.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
-        return dx, dS[rows, cols], None, None, None
+        dx = grad @ ctx.through(scattered(v, rows, cols, ctx.shape)).to(x.dtype)
+        dM = grad.reshape(-1, grad.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
+        return dx, ctx.through(dM.to(v.dtype))[rows, cols], None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx, dv, *_):  # pyright: ignore
         x, v, rows, cols = ctx.saved_tensors
-        S, dS = (scattered(t, rows, cols, ctx.shape) for t in (v, dv))
-        return F.linear(dx, S) + F.linear(x, dS)
+        M, dM = (ctx.through(scattered(t, rows, cols, ctx.shape)).to(x.dtype) for t in (v, dv))
+        return F.linear(dx, M) + F.linear(x, dM)
