@@ -341,7 +341,7 @@ CASES = {
                 "gam": ("randlora_gamma.default", same),
             },
             {"randlora_alpha": 5},
-            shared={"A": "randlora_A.default", "B": "randlora_B.default"},
+            shared={"bases_A": "randlora_A.default", "bases_B": "randlora_B.default"},
         ),
     ),
     "ia3": Case(

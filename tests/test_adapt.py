@@ -391,3 +391,22 @@ def test_two_variants_that_share_one_name():
     message = r"Shift\(d=32\) and Shift\(d=33\) both share a tensor called 'bank'"
     with pytest.raises(lf.LoraFuncError, match=message):
         lf.adapt(tiny_llama(), {"o_proj": Shift(), "down_proj": Shift(d=33)})
+
+
+@pytest.mark.parametrize("other", [lf.LoRA(r=4), lf.PiSSA(r=4), lf.TinyLoRA(r=4, n=3)])
+def test_what_one_variant_shares_is_not_a_leaf_of_another(other):
+    """VeRA shares tensors A and B. They have the shapes of LoRA's leaves A and B here."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    adapter, params = lf.adapt(model, {"^0$": other, "^1$": lf.VeRA(r=4)})
+    params = trained(params)
+    ours = adapter(model, params, x)
+    for path, variant in adapter.variants.items():
+        frozen = {key: t for key, t in adapter.frozen.items() if key.startswith(f"{path}.")}
+        if variant != other:
+            frozen |= {key: t for key, t in adapter.frozen.items() if key.startswith("shared.")}
+        leaves = {key: t for key, t in params.items() if key.startswith(f"{path}.")}
+        shapes = {key: t.shape for key, t in leaves.items()}
+        base = {path: adapter.base[path]}
+        alone = lf.Adapter({path: variant}, shapes, frozen, base, adapter.dtype)
+        x = lf.bind(alone, model, leaves)[int(path)](x)
+    torch.testing.assert_close(ours, x)

@@ -481,7 +481,7 @@ FINDINGS = {
     "rank of 30 digits": (
         "lora",
         in_variant(r=10**30),
-        r"no layer can have the parameters of 'LoRA\(r=1000000",
+        r"no layer can have the parameters of .LoRA\(r=1000000",
     ),
     "rank of 400 digits": (
         "hra",

@@ -89,7 +89,7 @@ def test_no_pickle(saved):
     """A file holds JSON and numbers."""
     header = io.split(saved[3].read_bytes())[0]
     assert json.loads(header["__metadata__"][io.KEY])["variants"] == [
-        ["pissa", {"r": 4, "alpha": None, "svd": "exact", "niter": 4}]
+        ["pissa", {"r": 4, "alpha": None, "rslora": False, "svd": "exact", "niter": 4}]
     ]
 
 

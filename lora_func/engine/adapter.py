@@ -73,23 +73,21 @@ class Adapter:
         leaves = by_path({key: (key, len(shape)) for key, shape in shapes.items()})
         constants = by_path(frozen)
 
-        def names(nested: Mapping[str, Mapping[str, tuple[str, Any]]], path: str) -> dict[str, Any]:
-            own = {**nested.get(SHARED, {}), **nested.get(path, {})}
-            return {name: value for name, (_, value) in own.items()}
+        def site(path: str, variant: Variant) -> Site:
+            # What another variant shares may have the name of a leaf of this one: VeRA's A is not
+            # LoRA's.
+            shares = type(variant).init_shared is not Variant.init_shared
+            common = leaves.get(SHARED, {}).keys() | constants.get(SHARED, {}).keys()
+            own = leaves.get(path, {}).keys() | constants.get(path, {}).keys()
+            shared = frozenset(common - own if shares else ())
 
-        shared = frozenset({**leaves.get(SHARED, {}), **constants.get(SHARED, {})})
-        sites = tuple(
-            Site(
-                path,
-                variant,
-                base[path],
-                names(leaves, path),
-                names(constants, path),
-                shared,
-                dropout,
-            )
-            for path, variant in variants.items()
-        )
+            def named(nested: Mapping[str, Mapping[str, tuple[str, Any]]]) -> dict[str, Any]:
+                of_all = {n: v for n, (_, v) in nested.get(SHARED, {}).items() if n in shared}
+                return of_all | {n: v for n, (_, v) in nested.get(path, {}).items()}
+
+            return Site(path, variant, base[path], named(leaves), named(constants), shared, dropout)
+
+        sites = tuple(site(path, variant) for path, variant in variants.items())
         vars(self).update(
             variants=MappingProxyType(dict(variants)),
             shapes=MappingProxyType(dict(shapes)),

@@ -78,13 +78,13 @@ class RandLoRA(Variant):
         largest = [max(weight.shape[axis] for weight in weights) for axis in (0, 1)]
         A = uniform((self.r, 1, min(largest)), math.sqrt(3), generator)
         B = uniform((max(largest), self.bases(*largest), self.r), math.sqrt(3), generator)
-        return Params({}, frozen={"A": A, "B": B})
+        return Params({}, frozen={"bases_A": A, "bases_B": B})
 
     def prepare(self, weight, params, dtype):
         n, d, D = self.bases(*weight.shape), min(weight.shape), max(weight.shape)
         wide = torch.promote_types(dtype, torch.float32)
         lam, gam = (params[name].to(wide) for name in ("lam", "gam"))
-        A, B = params["A"][:, :, :d], params["B"][:D, :n].flatten(1)
+        A, B = params["bases_A"][:, :, :d], params["bases_B"][:D, :n].flatten(1)
         return {"lam": self.alpha / self.r * lam, "gam": gam, "A": A, "B": B}
 
     def apply(self, x, base_out, weight, params):
