@@ -3,8 +3,8 @@
 import os
 
 SOAK = os.environ.get("HYPOTHESIS_PROFILE") == "soak"
-EXAMPLES = 100 if SOAK else 20  # that hypothesis draws: layers for each case of a law
-MUTATED_FILES = 20_000 if SOAK else 800
+EXAMPLES = 50 if SOAK else 20  # that hypothesis draws: layers for each case of a law
+MUTATED_FILES = 10_000 if SOAK else 800
 KILLS = 200 if SOAK else 20
 SECONDS_OF_THREADS = 60.0 if SOAK else 1.5
 SUMMARY = (
