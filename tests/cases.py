@@ -167,6 +167,10 @@ KRONECKER = {
 }
 
 
+def banked(r: int, **fields: Any) -> lf.VBLoRA:
+    return lf.VBLoRA(r=r, num_vectors=6, vector_length=2, **fields)
+
+
 def kronecker(*names: str) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
     """The leaves of LoKr that the layers of the differential test have."""
     return {name: KRONECKER[name] for name in names}
@@ -266,6 +270,23 @@ CASES = {
             },
             {"randlora_alpha": 5},
             shared={"A": "randlora_A.default", "B": "randlora_B.default"},
+        ),
+    ),
+    # Beside intermediates, the vectors that are chosen and where: many, at a length of 2.
+    "vblora": Case(banked, smallest=2, multiple=2, products=4),
+    "vblora-peft": Case(
+        lambda r: banked(r, topk=3, start="peft"),
+        smallest=2,
+        multiple=2,
+        products=4,
+        moved=lambda variant: 0.05,
+        peft=Peft(
+            {
+                "logits_A": ("vblora_logits_A.default", same),
+                "logits_B": ("vblora_logits_B.default", same),
+                "bank": ("vblora_vector_bank.default", same),
+            },
+            {"num_vectors": 6, "vector_length": 2, "topk": 3},
         ),
     ),
     "ia3": Case(

@@ -20,6 +20,7 @@ from .dora import DoRA as DoRA
 from .delora import DeLoRA as DeLoRA
 from .vera import VeRA as VeRA
 from .randlora import RandLoRA as RandLoRA
+from .vblora import VBLoRA as VBLoRA
 from .ia3 import IA3 as IA3
 from .ia3ff import IA3FF as IA3FF
 from .hra import HRA as HRA
