@@ -20,8 +20,10 @@ def test_the_update_is_a_sum_over_pairs(layer, data):
     expected = torch.zeros(max(d_out, d_in), d, dtype=torch.float64)
     for k in range(r * n):
         i, j = divmod(k, n)
-        b = p["B"][: len(expected), k // r, k % r]
-        expected += variant.alpha / r * p["lam"][i, j] * b[:, None] * p["A"][i, 0, :d] * p["gam"][j]
+        b = p["basis_B"][: len(expected), k // r, k % r]
+        expected += (
+            variant.alpha / r * p["lam"][i, j] * b[:, None] * p["basis_A"][i, 0, :d] * p["gam"][j]
+        )
     expected = expected if d_out >= d_in else expected.mT
     torch.testing.assert_close(delta, expected, rtol=1e-9, atol=1e-9)
 
@@ -31,8 +33,8 @@ def test_one_pair_of_bases_serves_layers_of_any_shape():
     weights = [lf.Weight(torch.randn(shape)) for shape in ((6, 20), (17, 5), (8, 8))]
     variant = lf.RandLoRA(r=3)
     shared = variant.init_shared(weights, torch.Generator().manual_seed(0)).frozen
-    assert shared["A"].shape == (3, 1, 17)
-    assert shared["B"].shape == (20, 6, 3)
+    assert shared["basis_A"].shape == (3, 1, 17)
+    assert shared["basis_B"].shape == (20, 6, 3)
     for weight in weights:
         own = {**variant.init(weight, None).trainable, **shared}
         x, base_out = torch.randn(4, weight.shape[1]), torch.randn(4, weight.shape[0])

@@ -5,10 +5,10 @@ arXiv 2502.00987.
 
 d is the smaller and D the larger size of the layer, and n = ceil(d / r) the number of bases, so
 that r n >= d and the rank of Δ is not limited. S [r n, d] has a row for each i < r and j < n; B is
-[D, r n]. In a layer that narrows, Δ is the transpose. A [r, 1, largest d] and B [largest D, largest
-n, r] are random constants of variance 1, one pair for all layers, and each layer slices what it
-needs. Training moves lam [r, n], which starts at zero, and gam [n, d], which starts at 1 / d. So
-the output at init is the base output to the bit, and only lam has a gradient there.
+[D, r n]. In a layer that narrows, Δ is the transpose. A and B are parts of random constants of
+variance 1, one pair for all layers: basis_A [r, 1, largest d], basis_B [largest D, largest n, r].
+Training moves lam [r, n], which starts at zero, and gam [n, d], which starts at 1 / d. So the
+output at init is the base output to the bit, and only lam has a gradient there.
 
 The paper pairs basis j of B with lam and gam of basis j. PEFT flattens B with j before i, and S
 with i before j. For random columns of B this is another order of the same; this file has PEFT's, so
@@ -78,13 +78,13 @@ class RandLoRA(Variant):
         largest = [max(weight.shape[axis] for weight in weights) for axis in (0, 1)]
         A = uniform((self.r, 1, min(largest)), math.sqrt(3), generator)
         B = uniform((max(largest), self.bases(*largest), self.r), math.sqrt(3), generator)
-        return Params({}, frozen={"A": A, "B": B})
+        return Params({}, frozen={"basis_A": A, "basis_B": B})
 
     def prepare(self, weight, params, dtype):
         n, d, D = self.bases(*weight.shape), min(weight.shape), max(weight.shape)
         wide = torch.promote_types(dtype, torch.float32)
         lam, gam = (params[name].to(wide) for name in ("lam", "gam"))
-        A, B = params["A"][:, :, :d], params["B"][:D, :n].flatten(1)
+        A, B = params["basis_A"][:, :, :d], params["basis_B"][:D, :n].flatten(1)
         return {"lam": self.alpha / self.r * lam, "gam": gam, "A": A, "B": B}
 
     def apply(self, x, base_out, weight, params):
