@@ -176,6 +176,8 @@ def kronecker(*names: str) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
     return {name: KRONECKER[name] for name in names}
 
 
+GRALORA = {name: (f"gralora_{name}.default", same) for name in ("A", "B")}
+GENERAL = {f"{name}_h": (f"gralora_{name}_general.default.weight", same) for name in ("A", "B")}
 CASES = {
     "lora": Case(lf.LoRA, peft=Peft(A_B)),
     "lora-rs": Case(
@@ -209,6 +211,23 @@ CASES = {
         peft=Peft({"v": ("tinylora_v.default.0", same)}, {"u": 5}, constants=TINY),
     ),
     "tinylora-shared": Case(lambda r: lf.TinyLoRA(r=r, n=5, share=True), fitting, **second),
+    "gralora": Case(
+        lf.GraLoRA,
+        up_to(lambda o, i: 12, smallest=2, step=2),
+        smallest=2,
+        multiple=2,
+        products=2,
+        peft=Peft(GRALORA, {"alpha": 64}),
+    ),
+    "gralora-hybrid": Case(
+        lambda r: lf.GraLoRA(r=r, alpha=9.0, k=4 if r % 4 == 0 else 2, hybrid_r=3),
+        up_to(lambda o, i: 12, smallest=2, step=2),
+        smallest=4,
+        multiple=4,
+        products=5,
+        peft=Peft({**GRALORA, **GENERAL}, {"alpha": 9, "gralora_k": 4, "hybrid_r": 3}),
+        **second,
+    ),
     # Their one product has rank r², 16 at the rank 4 at which `products` is read.
     "loha": Case(lf.LoHa, products=4, peft=Peft(HADAMARD, {"alpha": 8})),
     # Two intermediates of m r and of l r, with l = m = 16 where `products` is read.
@@ -269,7 +288,7 @@ CASES = {
                 "gam": ("randlora_gamma.default", same),
             },
             {"randlora_alpha": 5},
-            shared={"A": "randlora_A.default", "B": "randlora_B.default"},
+            shared={"basis_A": "randlora_A.default", "basis_B": "randlora_B.default"},
         ),
     ),
     # Beside intermediates, the vectors that are chosen and where: many, at a length of 2.
@@ -288,6 +307,7 @@ CASES = {
             },
             {"num_vectors": 6, "vector_length": 2, "topk": 3},
         ),
+        **second,
     ),
     "ia3": Case(
         lf.IA3, none, activations=1, peft=Peft({"d": ("ia3_l.default", lambda d: (1 + d)[:, None])})

@@ -30,6 +30,8 @@ def test_the_rank(name, data):
     A, B = layer.variant.factors(layer.weight, layer.trained)
     r = len(layer.init["A"]) if "A" in layer.names else layer.variant.r
     expected = 2 * r if {"A0", "bank0"} & layer.init.keys() else getattr(layer.variant, "k", r)
+    if isinstance(layer.variant, lf.GraLoRA):
+        expected = layer.variant.k * layer.variant.r + layer.variant.hybrid_r
     if isinstance(layer.variant, (lf.LoHa, lf.ABBA)):  # a product entry by entry multiplies ranks
         expected = r * r
     assert len(A) == B.shape[1] == expected

@@ -12,6 +12,7 @@ from .eva import EVA as EVA
 from .adalora import AdaLoRA as AdaLoRA
 from .loraxs import LoRAXS as LoRAXS
 from .tinylora import TinyLoRA as TinyLoRA
+from .gralora import GraLoRA as GraLoRA
 from .loha import LoHa as LoHa
 from .lokr import LoKr as LoKr
 from .abba import ABBA as ABBA
