@@ -195,11 +195,17 @@ KRONECKER = {
 }
 
 
+def banked(r: int, **fields: Any) -> lf.VBLoRA:
+    return lf.VBLoRA(r=r, num_vectors=6, vector_length=2, **fields)
+
+
 def kronecker(*names: str) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
     """The leaves of LoKr that the layers of the differential test have."""
     return {name: KRONECKER[name] for name in names}
 
 
+GRALORA = {name: (f"gralora_{name}.default", same) for name in ("A", "B")}
+GENERAL = {f"{name}_h": (f"gralora_{name}_general.default.weight", same) for name in ("A", "B")}
 CASES = {
     "lora": Case(lf.LoRA, peft=Peft(A_B)),
     "lora-rs": Case(
@@ -266,6 +272,23 @@ CASES = {
         peft=Peft({"v": ("tinylora_v.default.0", same)}, {"u": 5}, constants=TINY),
     ),
     "tinylora-shared": Case(lambda r: lf.TinyLoRA(r=r, n=5, share=True), fitting, **second),
+    "gralora": Case(
+        lf.GraLoRA,
+        up_to(lambda o, i: 12, smallest=2, step=2),
+        smallest=2,
+        multiple=2,
+        products=2,
+        peft=Peft(GRALORA, {"alpha": 64}),
+    ),
+    "gralora-hybrid": Case(
+        lambda r: lf.GraLoRA(r=r, alpha=9.0, k=4 if r % 4 == 0 else 2, hybrid_r=3),
+        up_to(lambda o, i: 12, smallest=2, step=2),
+        smallest=4,
+        multiple=4,
+        products=5,
+        peft=Peft({**GRALORA, **GENERAL}, {"alpha": 9, "gralora_k": 4, "hybrid_r": 3}),
+        **second,
+    ),
     # Their one product has rank r², 16 at the rank 4 at which `products` is read.
     "loha": Case(lf.LoHa, products=4, peft=Peft(HADAMARD, {"alpha": 8})),
     "hira": Case(
@@ -343,6 +366,24 @@ CASES = {
             {"randlora_alpha": 5},
             shared={"bases_A": "randlora_A.default", "bases_B": "randlora_B.default"},
         ),
+    ),
+    # Beside intermediates, the vectors that are chosen and where: many, at a length of 2.
+    "vblora": Case(banked, smallest=2, multiple=2, products=4),
+    "vblora-peft": Case(
+        lambda r: banked(r, topk=3, start="peft"),
+        smallest=2,
+        multiple=2,
+        products=4,
+        moved=lambda variant: 0.05,
+        peft=Peft(
+            {
+                "logits_A": ("vblora_logits_A.default", same),
+                "logits_B": ("vblora_logits_B.default", same),
+                "bank": ("vblora_vector_bank.default", same),
+            },
+            {"num_vectors": 6, "vector_length": 2, "topk": 3},
+        ),
+        **second,
     ),
     "ia3": Case(
         lf.IA3, none, activations=1, peft=Peft({"d": ("ia3_l.default", lambda d: (1 + d)[:, None])})

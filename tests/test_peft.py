@@ -7,6 +7,7 @@ numbers do not.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import peft
@@ -58,6 +59,11 @@ def compiled(monkeypatch):
     monkeypatch.setattr(peft.tuners.boft.layer, "get_fbd_cuda", lambda: BlockDiagonal)
 
 
+def key_of(name: str, keys: Iterable[str]) -> str:
+    """The key of a leaf of the layer, or of all layers."""
+    return next(key for key in keys if key.partition(".lora_")[2] == name)
+
+
 def config_of(case: Case) -> Any:
     """PEFT's config of the same method, with the same rank and scale."""
     assert case.peft is not None
@@ -82,7 +88,7 @@ def pair(case: Case, model: nn.Module) -> tuple[lf.Adapter, dict[str, Tensor], A
     trained = {key: leaf + 0.3 * torch.randn_like(leaf) for key, leaf in params.items()}
     with torch.no_grad():
         for name, (parameter, convert) in case.peft.leaves.items():
-            own[parameter].copy_(convert(trained[f"target.lora_{name}"]))
+            own[parameter].copy_(convert(trained[key_of(name, trained)]))
     return adapter, trained, theirs, own
 
 
@@ -100,7 +106,7 @@ def test_outputs_and_gradients(case: Case, shape, bias: bool):
     (theirs(x) * weights).sum().backward()
     grads = torch.func.grad(lambda p: (adapter(model, p, x) * weights).sum())(trained)
     for name, (parameter, convert) in case.peft.leaves.items():
-        gradient = grads[f"target.lora_{name}"]
+        gradient = grads[key_of(name, grads)]
         # `convert` permutes and shifts entries; on gradients only the permutation applies.
         moved = convert(gradient) - convert(torch.zeros_like(gradient))
         assert_close(moved / 2 if name in case.peft.twice else moved, own[parameter].grad)

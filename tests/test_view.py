@@ -123,6 +123,8 @@ def test_gradients_are_those_of_the_merged_weights(variant):
 def test_equals_functional_call(variant):
     """A call equals functional_call on a bound view of other parameters."""
     model, adapter, params = adapted(variant)
+    if any(key.startswith("shared.") for key in params):
+        pytest.skip("a leaf of all layers is no parameter of a module of the view")
     batch = text_batch()
     view = lf.bind(adapter, model, trained(params))
     logits = functional_call(view, params, (), batch).logits

@@ -14,6 +14,7 @@ from .loftq import LoftQ as LoftQ
 from .adalora import AdaLoRA as AdaLoRA
 from .loraxs import LoRAXS as LoRAXS
 from .tinylora import TinyLoRA as TinyLoRA
+from .gralora import GraLoRA as GraLoRA
 from .loha import LoHa as LoHa
 from .lokr import LoKr as LoKr
 from .abba import ABBA as ABBA
@@ -23,6 +24,7 @@ from .dora import DoRA as DoRA
 from .delora import DeLoRA as DeLoRA
 from .vera import VeRA as VeRA
 from .randlora import RandLoRA as RandLoRA
+from .vblora import VBLoRA as VBLoRA
 from .ia3 import IA3 as IA3
 from .ia3ff import IA3FF as IA3FF
 from .hra import HRA as HRA
