@@ -29,6 +29,8 @@ ROOMS = {
     "engine": {"variant", "precision", "weights", "libraries"},
     "files": {"engine", "libraries", "variant", "variants", "version", "weights"},
     "population": set(),
+    "changes": {"engine", "libraries", "merging", "precision", "variant", "variants", "weights"},
+    "arithmetic": {"changes", "engine", "variant", "variants"},
     "allocation": {"engine"},
     "grad": {"libraries"},
     "binding": {"engine", "files", "libraries", "variant"},
