@@ -38,6 +38,16 @@ ROOMS = {
     "probing": {"engine", "weights"},
     "reaching": {"engine", "libraries", "weights"},
     "testing": {"engine", "files", "variant"},
+    "interop": {
+        "arithmetic",
+        "engine",
+        "files",
+        "linalg",
+        "precision",
+        "variant",
+        "variants",
+        "weights",
+    },
     "demo": {"lora_func", "probing"},
 }
 
