@@ -57,7 +57,8 @@ def test_fused_experts(tmp_path):
     mixtral = ARCHITECTURES["mixtral"][0]
     both = ["experts.down_proj", "experts.gate_up_proj"]
     folder = folder_of(tmp_path / "both", mixtral(), target_parameters=both)
-    assert vllm.check(folder)["max_lora_rank"] == 8
+    experts = {"enable_mixed_moe_lora_format": True}
+    assert vllm.check(folder) == {"enable_lora": True, "max_lora_rank": 8, **experts}
     ranks = {"rank_pattern": {"experts.gate_up_proj": 16, "experts.down_proj": 32}}
     folder = folder_of(tmp_path / "ranks", mixtral(), target_parameters=both, **ranks)
     assert vllm.check(folder)["max_lora_rank"] == 32

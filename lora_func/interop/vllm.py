@@ -39,8 +39,9 @@ def check(folder: str | os.PathLike[str]) -> dict[str, Any]:
         llm = vllm.LLM(model, **check(folder))
         llm.generate(prompts, lora_request=vllm.lora.request.LoRARequest("mine", 1, folder))
 
-    `max_lora_rank` is the smallest that vLLM takes for this adapter; its default is 16. Whether the
-    model has all of the layers, only vLLM knows: it refuses an adapter with others.
+    `max_lora_rank` is the smallest that vLLM takes for this adapter; its default is 16. Fused
+    experts also need `LoRARequest(.., is_3d_lora_weight=True)`. Whether the model has all of the
+    layers, only vLLM knows: it refuses an adapter with others.
 
     Raises:
         LoraFuncError: a folder that vLLM refuses, or that it would serve otherwise than PEFT, with
@@ -65,7 +66,9 @@ def check(folder: str | os.PathLike[str]) -> dict[str, Any]:
         problems.append(f"the rank {most} is above {RANKS[-1]}, vLLM's largest max_lora_rank")
     if problems:
         raise LoraFuncError(f"vLLM cannot serve {str(folder)!r}: " + "; ".join(problems))
-    return {"enable_lora": True, "max_lora_rank": next(rank for rank in RANKS if rank >= most)}
+    found = {"enable_lora": True, "max_lora_rank": next(rank for rank in RANKS if rank >= most)}
+    stacks = any(map(is_stack, pairs))
+    return found | ({"enable_mixed_moe_lora_format": True} if stacks else {})
 
 
 def config_of(folder: Path) -> dict[str, Any]:
