@@ -10,6 +10,7 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .changes import Change, changes_of
@@ -37,14 +38,16 @@ def as_lora(
     reflections. Ranks differ from layer to layer, and alpha is r, so that the scale is 1.
     Differentiable in `params`, which may have an example axis.
 
-    With `r`, the best approximation of rank r takes the place of a change of higher rank, which
-    may be any. Its relative error is `s[r:].norm() / s.norm()`, for the `s` that
-    `singular_values` finds for the layer.
+    With `r`, all layers have that rank, as some servers want it, and as `stack` wants it of
+    adapters that were none of a kind. A lower rank is filled up with zeros, which changes nothing
+    (and which do not learn: both factors are zero). In the place of a change of higher rank, which
+    may be any, comes the best approximation. Its relative error is `s[r:].norm() / s.norm()`, for
+    the `s` that `singular_values` finds for the layer.
 
     Args:
         adapter: as `adapt` or `load` returned it.
         params: flat key -> tensor. The result has them in float32 or wider.
-        r: the largest rank; a layer whose change has a lower one keeps it. None: all are exact.
+        r: the rank of all layers. None: all are exact.
         model: the model that the adapter was made for. Needed by variants whose change depends on
             the weight, and for an approximation of those without low rank.
 
@@ -55,7 +58,9 @@ def as_lora(
     """
     check_order("as_lora(adapter, params)", adapter=adapter)
     if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
-        raise LoraFuncError(f"r must be the largest rank, an integer of at least 1, or None: {r!r}")
+        raise LoraFuncError(
+            f"r must be the rank of all layers, an integer of at least 1, or None: {r!r}"
+        )
     parts = {}
     for change in changes_of(adapter, params, model):
         factors, b = change.low_rank(), change.bias()
@@ -66,6 +71,8 @@ def as_lora(
             factors = halves(torch.linalg.svd(delta, full_matrices=False), r)
         elif r is not None and r < factors[0].shape[-2]:
             factors = halves(svd_of_product(*factors), r)
+        if r is not None:
+            factors = padded(*factors, r)
         parts[change.site.path] = change, plain(*factors, b)
     return assembled(parts, adapter.dropout)
 
@@ -215,6 +222,12 @@ def halves(svd: tuple[Tensor, Tensor, Tensor], r: int) -> tuple[Tensor, Tensor]:
     U, S, V = svd
     root = S[..., :r].sqrt()
     return root[..., None] * V[..., :r, :], U[..., :r] * root[..., None, :]
+
+
+def padded(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """`A [.., r, d_in]` and `B [.., d_out, r]` with rows and columns of zeros after the given."""
+    k = A.shape[-2]
+    return F.pad(A, (0, 0, 0, r - k)), F.pad(B, (0, r - k))
 
 
 def summed(tensors: Sequence[Tensor]) -> Tensor:
