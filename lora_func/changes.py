@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from .engine.adapter import Adapter
 from .engine.examples import Entries
 from .engine.holder import entries_of
 from .engine.sites import Base, Site
+from .engine.untouched import ROUNDED
 from .errors import LoraFuncError, listing
 from .libraries.functorch import over_first_axis
 from .merging import not_finite
@@ -22,6 +24,7 @@ from .variant import Variant, Weight
 from .variants import C3A, FourierFT, Full, LoRA, SHiRA
 from .weights.layer import LayerWeight
 from .weights.parameter import ParameterWeight
+from .weights.table import fingerprint
 
 LINEAR = (Full, SHiRA, FourierFT, C3A)
 
@@ -120,7 +123,7 @@ class Change(NamedTuple):
             W = next(iter(params.values())).new_zeros(()).expand(self.base.shape)
 
         def of_matrix(W: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            return function(Lent(W, stored, self.variant), params)
+            return function(Lent(W, stored, self.site), params)
 
         def of_one(*leaves: Tensor) -> tuple[Tensor, ...]:
             return stack.over(of_matrix, W, {**params, **dict(zip(own, leaves))}, self.site.shared)
@@ -135,10 +138,10 @@ class Change(NamedTuple):
 class Lent(Weight):
     """The weight of a target, which is read when a variant asks for it."""
 
-    def __init__(self, W: Tensor, stored: LayerWeight | ParameterWeight | None, variant: Variant):
+    def __init__(self, W: Tensor, stored: LayerWeight | ParameterWeight | None, site: Site):
         self.own = W  # of a parameter; of a layer or without a model, only its shape counts
         self.stored = stored
-        self.kind = type(variant).__name__
+        self.site = site
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -151,11 +154,22 @@ class Lent(Weight):
     @property
     def matrix(self) -> Tensor:  # pyright: ignore  (an attribute of a plain Weight)
         if self.stored is None:
+            kind = type(self.site.variant).__name__
             raise LoraFuncError(
-                f"the change of {self.kind} depends on the weight: give model=, the model that the "
+                f"the change of {kind} depends on the weight: give model=, the model that the "
                 "adapter was made for"
             )
-        return self.stored.dense().detach() if isinstance(self.stored, LayerWeight) else self.own
+        if not isinstance(self.stored, LayerWeight):
+            return self.own
+        W, known = self.stored.dense().detach(), self.site.base.fingerprint
+        found = fingerprint(Weight(W))
+        if W.dtype != ROUNDED and None not in (known, found) and known != found:
+            warnings.warn(
+                "the weights of model= are not those that the adapter was made on, and the change "
+                f"of {type(self.site.variant).__name__} depends on them",
+                stacklevel=2,
+            )
+        return W
 
     @property
     def bias(self) -> Tensor | None:  # pyright: ignore  (the same)

@@ -459,3 +459,14 @@ def test_what_is_refused():
     broken = {key: leaf / 0 for key, leaf in params.items()}
     with pytest.raises(lf.LoraFuncError, match=r"NaN or infinite entries\. Take parameters"):
         lf.as_lora(adapter, broken, r=1)
+
+
+def test_a_change_that_depends_on_another_weight():
+    """It is told; a change that does not depend on it is not."""
+    model, adapter, params = adapted(lf.HRA(r=2))
+    other = tiny_llama()
+    with pytest.warns(UserWarning, match="not those that the adapter was made on.* change of HRA"):
+        lf.as_lora(adapter, params, model=other)
+    lf.as_lora(adapter, params, model=model)
+    _, adapter, params = adapted(lf.PiSSA(r=2), model)
+    lf.as_lora(adapter, params, model=other)
