@@ -9,6 +9,7 @@ from . import variants as _variants
 from .allocation import RankAllocator
 from .binding import bind
 from .card import Card, Peft
+from .chain import Chain
 from .engine.adapt import adapt
 from .engine.adapter import Adapter
 from .engine.collect import collect
@@ -38,6 +39,7 @@ __all__ = [  # noqa: PLE0604
     "VARIANTS",
     "Adapter",
     "Card",
+    "Chain",
     "InputMoments",
     "LoraFuncError",
     "Moments",

@@ -560,6 +560,21 @@ CASES = {
         remade=("aten.new_zeros.default", "aten.index_put.default"),  # ΔW, which is not kept
         peft=Peft({"v": ("shira_weight.default", same)}, constants=POSITIONS),
     ),
+    "shira-magnitude": Case(
+        lambda r: lf.SHiRA(r=r, mask="magnitude"),
+        up_to(lambda o, i: o * i // (o + i)),
+        smallest=2,
+        remade=("aten.new_zeros.default", "aten.index_put.default"),
+        **second,
+    ),
+    "shira-gradient": Case(
+        lambda r: lf.SHiRA(r=r, mask="gradient"),
+        up_to(lambda o, i: o * i // (o + i)),
+        smallest=2,
+        remade=("aten.new_zeros.default", "aten.index_put.default"),
+        **second,
+        **data,
+    ),
     "fourierft": Case(
         lambda r: lf.FourierFT(n=5 * r, alpha=100.0),
         up_to(lambda o, i: o * i // 5),
@@ -587,6 +602,7 @@ CASES = {
         stats=difference_of_means,
         moved=lambda variant: abs(variant.alpha),
     ),
+    "chain": Case(lambda r=4: lf.Chain(lf.LoRA(r=r), lf.HRA(r=2), lf.IA3()), fitting, smallest=2),
 }
 
 

@@ -23,7 +23,7 @@ from ..weights.table import read
 from .batch import call_arguments
 from .holder import entries_of
 from .keys import SHARED, by_path, key_mismatch
-from .layer import AdaptedLayer, check_bare
+from .layer import AdaptedLayer, check_bare, overrides
 from .leaves import blank, check_stats, draw
 from .messages import explained, missing_modules
 from .parameters import parameter_of
@@ -76,7 +76,7 @@ class Adapter:
         def site(path: str, variant: Variant) -> Site:
             # What another variant shares may have the name of a leaf of this one: VeRA's A is not
             # LoRA's.
-            shares = type(variant).init_shared is not Variant.init_shared
+            shares = any(overrides(part, "init_shared") for part in variant.parts())
             common = leaves.get(SHARED, {}).keys() | constants.get(SHARED, {}).keys()
             own = leaves.get(path, {}).keys() | constants.get(path, {}).keys()
             shared = frozenset(common - own if shares else ())
@@ -209,22 +209,14 @@ class Adapter:
         Raises:
             LoraFuncError: a field that no variant has; a value that needs other parameters.
         """
-        kinds = self.variants.values()
-        known = {field.name for variant in kinds for field in dataclasses.fields(variant)}
+        parts = [part for variant in self.variants.values() for part in variant.parts()]
+        known = {field.name for part in parts for field in dataclasses.fields(part)}
         if unknown := [name for name in fields if name not in known]:
             raise LoraFuncError(
                 f"no variant of this adapter has a field {listing(unknown)}."
                 f"{near_misses(unknown[0], known)}"
             )
-        variants = {}
-        for path, variant in self.variants.items():
-            names = {field.name for field in dataclasses.fields(variant)}
-            own = {
-                name: value(getattr(variant, name)) if callable(value) else value
-                for name, value in fields.items()
-                if name in names
-            }
-            variants[path] = dataclasses.replace(variant, **own)
+        variants = {path: replaced(variant, fields) for path, variant in self.variants.items()}
         shapes = {key: torch.empty(shape, device="meta") for key, shape in self.shapes.items()}
         leaves = {**shapes, **self.frozen}
         needed = blank(variants, self.base, leaves)
@@ -405,6 +397,19 @@ class Adapter:
         parts = self.variants, self.shapes, self.frozen, self.base
         make = functools.partial(Adapter, dropout=self.dropout)
         return make, (*map(dict, parts), self.dtype)
+
+
+def replaced(variant: Variant, fields: Mapping[str, Any]) -> Variant:
+    """The variant, or the links of a chain, with those `fields` that it has."""
+    own = {}
+    for field in dataclasses.fields(variant):
+        old = getattr(variant, field.name)
+        if field.name in fields:
+            new = fields[field.name]
+            own[field.name] = new(old) if callable(new) else new
+        elif isinstance(old, tuple):
+            own[field.name] = tuple(replaced(link, fields) for link in old)
+    return dataclasses.replace(variant, **own)
 
 
 def check_model(model: Any) -> None:

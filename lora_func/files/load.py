@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..chain import Chain
 from ..engine import stack
 from ..engine.adapter import Adapter
 from ..engine.keys import by_path, flat_key, key_mismatch
@@ -61,7 +62,7 @@ def load(
         raise LoraFuncError(f"{str(path)!r} is a folder; give the path of a file in it")
     if not path.is_file():
         raise LoraFuncError(f"there is no file {str(path)!r}")
-    catalogue = {**VARIANTS, **{kind.name(): kind for kind in variants}}
+    catalogue = {**VARIANTS, Chain.name(): Chain, **{kind.name(): kind for kind in variants}}
     try:
         with torch.inference_mode(False):  # see adapt
             manifest = parse(path.read_bytes(), catalogue)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine.adapt import adapt
-from ..engine.leaves import looks_at_data
 from ..engine.targets import Targets
 from ..files.load import load
 from ..files.save import save
@@ -413,7 +412,7 @@ def file_round_trip(layer: Layer) -> None:
         linear.bias.data.copy_(layer.weight.bias)
     model = nn.Sequential(linear)
     everywhere, kind = Targets(roles=()), type(layer.variant)
-    stats = {"0": layer.stats} if looks_at_data(layer.variant) and layer.stats is not None else None
+    stats = {"0": layer.stats} if layer.variant.looks_at_data and layer.stats is not None else None
     adapter, params = adapt(model, layer.variant, targets=everywhere, stats=stats)
     for key, name in itertools.product(list(params), layer.names):
         if key.rpartition("lora_")[2] == name and params[key].shape == layer.trained[name].shape:

@@ -25,6 +25,11 @@ def distinct(n: int, total: int, generator: torch.Generator | None) -> Tensor:
     return found[kept].sort().values
 
 
+def largest(M: Tensor, n: int) -> Tensor:
+    """The positions of the n entries of M that are largest by magnitude, ascending."""
+    return M.abs().flatten().topk(n).indices.sort().values
+
+
 def scattered(v: Tensor, rows: Tensor, cols: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A dense matrix S of `shape` with `S[rows, cols] = v`, and zero elsewhere; each `[n]`."""
     return v.new_zeros(shape).index_put((rows, cols), v)
