@@ -131,7 +131,12 @@ def test_what_it_hands_on():
     assert [getattr(link, "alpha", None) for link in links] == [None, 2.0, 8.0]
     alone, _ = lf.adapt(model, lf.CorDA(r=2, alpha=4.0), calibration=batches)
     assert torch.equal(adapter.frozen[f"{key}1_A0"], alone.frozen[f"{key}A0"])
-    assert adapter.init(model).keys() == params.keys()
+    with pytest.raises(
+        lf.LoraFuncError, match=r"CorDA starts from .* or stats= to adapt or Adapter.init"
+    ):
+        adapter.init(model)  # it draws the LoRA, and a chain draws all its links
+    stats = lf.collect(model, adapter, batches, chain.statistic)
+    assert adapter.init(model, stats=stats).keys() == params.keys()
     with pytest.raises(lf.LoraFuncError, match=r"field \['alhpa'\].*alpha"):
         adapter.replace(alhpa=1.0)
 
