@@ -602,7 +602,12 @@ CASES = {
         stats=difference_of_means,
         moved=lambda variant: abs(variant.alpha),
     ),
-    "chain": Case(lambda r=4: lf.Chain(lf.LoRA(r=r), lf.HRA(r=2), lf.IA3()), fitting, smallest=2),
+    "chain": Case(
+        lambda r: lf.Chain(lf.LoRA(r=r), lf.HRA(r=2), lf.IA3()),
+        fitting,
+        smallest=2,
+        activations=2,  # the input that HRA makes for LoRA, and the output that IA3 scales
+    ),
 }
 
 

@@ -137,7 +137,7 @@ def test_what_it_hands_on():
         adapter.init(model)  # it draws the LoRA, and a chain draws all its links
     stats = lf.collect(model, adapter, batches, chain.statistic)
     assert adapter.init(model, stats=stats).keys() == params.keys()
-    with pytest.raises(lf.LoraFuncError, match=r"field \['alhpa'\].*alpha"):
+    with pytest.raises(lf.LoraFuncError, match=r"field 'alhpa'\. Did you mean 'alpha'"):
         adapter.replace(alhpa=1.0)
 
 

@@ -32,13 +32,14 @@ def rounding_at_init(variant: Variant, dtype: torch.dtype) -> float:
 
 
 def has_closed_form(variant: Variant) -> bool:
-    """Whether the variant has a `merged` of its own."""
-    return type(variant).merged is not Variant.merged
+    """Whether the variant has a `merged` of its own, or each link of a chain."""
+    return all(type(part).merged is not Variant.merged for part in variant.parts())
 
 
 def has_factors(variant: Variant) -> bool:
-    """Whether the variant has `factors` of its own, beside `merged`."""
-    return has_closed_form(variant) and type(variant).factors is not Variant.factors
+    """Whether the variant has `factors` of its own, beside `merged`, or each link of a chain."""
+    own = all(type(part).factors is not Variant.factors for part in variant.parts())
+    return has_closed_form(variant) and own
 
 
 def closed_forms(variant: Variant, weight: Weight, params: dict[str, Tensor]) -> dict[str, Tensor]:
