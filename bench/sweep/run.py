@@ -106,8 +106,6 @@ def run_group(job: Job, group: Group) -> None:
     """Trains, chooses and tests one group, as far as that is not done."""
     if job.results.of("test", group.key):
         return
-    if not job.in_time():
-        raise OutOfTime
     search = Search(job, group)
     search.grid(first_grid(job.options, group.variant))
     for _ in range(job.options.extensions):
