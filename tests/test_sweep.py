@@ -76,9 +76,9 @@ def problems(tmp_path: Path) -> list[data.Problem]:
     return data.encode(word_tokenizer(), data.read(made(tmp_path), "train.jsonl"), 16)
 
 
-def alone(base, adapter, start, lr, seed, job) -> dict[str, torch.Tensor]:
+def alone(base, start, lr, seed, job) -> dict[str, torch.Tensor]:
     """One member, trained by torch's AdamW on batches that transformers sees as usual."""
-    lm = copy.deepcopy(base.lm)
+    adapter, lm = job.adapter, copy.deepcopy(base.lm)
     lm.set_attn_implementation("sdpa")
     leaves = {key.removeprefix("lm."): t.clone().requires_grad_() for key, t in start.items()}
     variants = {path.removeprefix("lm."): v for path, v in adapter.variants.items()}
@@ -109,7 +109,7 @@ def alone(base, adapter, start, lr, seed, job) -> dict[str, torch.Tensor]:
         own(lm, leaves, batch).loss.backward()
         optimizer.step()
         schedule.step()
-    return {f"lm.{key}": leaf.detach() for key, leaf in leaves.items()}
+    return {key: leaves[key.removeprefix("lm.")].detach() for key in start}
 
 
 def job_of(base, variant, tmp_path, lrs=(1e-2, 1e-3), **changes) -> train.Pass:
@@ -143,7 +143,7 @@ def test_members_equal_separate_runs(variant, tmp_path):
     done = train.train(model, job)
     together = lf.unstack(done.population.leaves)
     for k, (lr, seed) in enumerate(job.members):
-        expected = alone(model, job.adapter, job.starts[seed], lr, seed, job)
+        expected = alone(model, job.starts[seed], lr, seed, job)
         assert largest(together[k], expected) < 1e-9
         assert largest(expected, job.starts[seed]) > 1e-4  # it learned something
 
@@ -242,7 +242,7 @@ def test_killed_it_ends_the_same(after, tmp_path):
 
 def test_other_settings_do_not_mix(tmp_path):
     assert run.main(options(tmp_path), base(), word_tokenizer())
-    with pytest.raises(lf.LoraFuncError, match="was begun with {'steps': 6}"):
+    with pytest.raises(lf.LoraFuncError, match=r"was begun with \{'steps': 6\}"):
         run.main(options(tmp_path, steps=7), base(), word_tokenizer())
 
 
@@ -327,9 +327,15 @@ def test_solved_counts_the_right_numbers(tmp_path):
     assert evaluate.number("no idea") is None
     model, chosen = base(), problems(tmp_path)[:4]
     adapter, params = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(names=(r"q_proj$",)))
-    counts = evaluate.solved(model, adapter, lf.stack([params, params]), chosen, word_tokenizer(), 3)
+    counts = evaluate.solved(
+        model, adapter, lf.stack([params, params]), chosen, word_tokenizer(), new_tokens=3
+    )
     assert len(counts) == 2
-    assert counts[0] == counts[1] == evaluate.solved(model, None, {}, chosen, word_tokenizer(), 3)[0]
+    assert (
+        counts[0]
+        == counts[1]
+        == evaluate.solved(model, None, {}, chosen, word_tokenizer(), new_tokens=3)[0]
+    )
     loss = evaluate.losses(model, None, {}, chosen)  # and the base attends apart again
     assert loss.isfinite().all()
 
@@ -346,4 +352,3 @@ def test_every_variant_trains_as_a_population(name, tmp_path):
     assert all(map(math.isfinite, trained["validation"][:2]))
     (test,) = [row for row in rows if row["kind"] == "test"]
     assert all(map(math.isfinite, test["test"]))
-

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lora_func import LoraFuncError
 
+from .protocol import Sweep
+
 
 class Problem(NamedTuple):
     """Tokens of a question and its answer."""
@@ -60,10 +62,9 @@ def encode(tokenizer: Any, rows: list[dict[str, str]], length: int) -> list[Prob
     return [problem for problem in problems if len(problem.tokens) <= length]
 
 
-def load(
-    tokenizer: Any, folder: Path, length: int, validation: int, test: int, text: int
-) -> Data:
+def load(tokenizer: Any, options: Sweep) -> Data:
     """Validation is the end of train.jsonl; test and text are the beginning of theirs."""
+    folder, length, validation = options.data, options.length, options.validation
     train = encode(tokenizer, read(folder, "train.jsonl"), length)
     held_out = encode(tokenizer, read(folder, "test.jsonl"), length)
     if len(train) <= validation or not held_out:
@@ -74,8 +75,8 @@ def load(
     return Data(
         train=train[:-validation],
         validation=train[-validation:],
-        test=held_out[:test],
-        text=passages(tokenizer, prose(), text),
+        test=held_out[: options.test],
+        text=passages(tokenizer, prose(), options.text),
         arithmetic=encode(tokenizer, arithmetic(1000), length),
     )
 
@@ -148,3 +149,14 @@ def pack(rows: list[list[Problem]], multiple: int = 16) -> tuple[Tensor, Tensor]
             ids[i, j, : len(tokens)] = torch.tensor(tokens)
             labels[i, j, start - 1 : len(tokens) - 1] = torch.tensor(tokens[start:])
     return ids.flatten(1), labels.flatten(1)
+
+
+def batch(rows: list[list[Problem]], of_member: list[int], device: torch.device) -> dict[str, Any]:
+    """What `model.Answers` is called with: for each member one of the rows."""
+    ids, labels = (t[of_member] for t in pack(rows))
+    at = (labels.flatten() >= 0).nonzero()[:, 0]  # here, because a GPU would have to be waited for
+    tensors = {"ids": ids, "labels": labels.flatten()[at], "at": at}
+    if device.type == "cuda":  # from pinned memory, a copy does not wait for the GPU either
+        tensors = {name: t.pin_memory() for name, t in tensors.items()}
+    moved = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
+    return {**moved, "examples": len(rows[0])}

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import lora_func as lf
 
-from .data import Problem, pack
+from .data import Problem, batch
 from .model import APART, Answers
 
-TOKENS = 2**16  # in one pass of the base, of all members together
+TOKENS = {"cuda": 2**16, "cpu": 2**13}  # in one pass of the base, of all members together
 
 
 @torch.no_grad()
@@ -34,11 +34,10 @@ def losses(
     found = torch.zeros(K, len(problems), dtype=torch.float64)
     while order:
         T = len(problems[order[-1]].tokens)  # the longest first: memory is reserved once
-        now = order[-max(1, TOKENS // (K * T)) :]
+        now = order[-max(1, TOKENS[device.type] // (K * T)) :]
         del order[-len(now) :]
-        ids, labels = (t.to(device).expand(K, -1) for t in pack([[problems[i] for i in now]]))
-        batch = {"ids": ids, "labels": labels, "examples": len(now)}
-        out = base(**batch) if adapter is None else adapter(base, leaves, batch)
+        given = batch([[problems[i] for i in now]], [0] * K, device)
+        out = base(**given) if adapter is None else adapter(base, leaves, given)
         found[:, now] = out.nll.unflatten(1, (len(now), -1)).sum(2).double().cpu()
     return found
 
@@ -54,13 +53,10 @@ def per_token(nats: Tensor, problems: Sequence[Problem]) -> list[float]:
 
 
 def number(text: str) -> float | None:
-    """The number after ####, or else the last one."""
-    found = re.findall(r"-?\d[\d,]*\.?\d*", text.split("####")[-1] if "####" in text else text)
-    chosen = found[:1] if "####" in text else found[-1:]
-    try:
-        return float(chosen[0].replace(",", "")) if chosen else None
-    except ValueError:
-        return None
+    """The first number after ####, or else the last one."""
+    _, marked, after = text.partition("####")
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", after if marked else text)
+    return float(found[0 if marked else -1].replace(",", "")) if found else None
 
 
 @torch.no_grad()
@@ -70,6 +66,7 @@ def solved(
     leaves: Mapping[str, Tensor],
     problems: Sequence[Problem],
     tokenizer: Any,
+    *,
     new_tokens: int = 192,
 ) -> list[int]:
     """How many problems each member solves by greedy decoding: the number is the answer's."""
@@ -101,4 +98,3 @@ def solved(
         for i, text in enumerate(texts)
     ]
     return [sum(right[k * len(rows) : (k + 1) * len(rows)]) for k in range(K)]
-

@@ -51,7 +51,11 @@ class Results:
         Raises LoraFuncError if the rows that are there come from other settings.
         """
         for row in self.of("run"):
-            other = {k: row["settings"].get(k) for k, v in settings.items() if row["settings"].get(k) != v}
+            other = {
+                k: row["settings"].get(k)
+                for k, v in settings.items()
+                if row["settings"].get(k) != v
+            }
             if other:
                 now = {name: settings[name] for name in other}
                 raise LoraFuncError(

@@ -36,8 +36,10 @@ class Answers(nn.Module):
         lm.set_attn_implementation(APART)
         self.lm = lm
 
-    def forward(self, ids: Tensor, labels: Tensor, examples: int, attention_mask: Any = None) -> Output:
-        """`ids`, `labels [rows, examples * T]`, as `data.pack` makes them.
+    def forward(
+        self, ids: Tensor, labels: Tensor, at: Tensor, examples: int, attention_mask: Any = None
+    ) -> Output:
+        """`ids [rows, examples * T]`; `labels` are the tokens to predict at the flat places `at`.
 
         `attention_mask` is for `lf.collect`; right of an example there is nothing to mask.
         """
@@ -46,15 +48,21 @@ class Answers(nn.Module):
         hidden = self.lm.get_decoder()(
             input_ids=ids, position_ids=positions, use_cache=False, examples=examples
         ).last_hidden_state
-        at = (labels.flatten() >= 0).nonzero()[:, 0]
         logits = self.lm.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, at))
-        nll = F.cross_entropy(logits.float(), labels.flatten()[at], reduction="none")
-        every = nll.new_zeros(labels.numel()).index_put((at,), nll).view(labels.shape)
+        nll = F.cross_entropy(logits.float(), labels, reduction="none")
+        every = nll.new_zeros(ids.numel()).index_put((at,), nll).view(ids.shape)
         return Output(nll.mean(), every)
 
 
 def attend_apart(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, examples: int = 1, **rest: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    *,
+    examples: int = 1,
+    **rest: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention `[rows, heads, examples * T, d]` in which no example sees another."""
 

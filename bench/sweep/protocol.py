@@ -59,7 +59,7 @@ class Sweep:
     """How often the grid is extended by two rates, while the best one lies at its end."""
     seeds: int = 5
     """Seeds, of the parameters and of the order of the data."""
-    steps: int = 128
+    steps: int = 96
     """Steps of AdamW: a tenth warm-up, then a cosine to zero."""
     batch: int = 4
     """Problems in a step of a member."""
@@ -81,6 +81,8 @@ class Sweep:
     memory_gb: float = 40.0
     """What leaves, gradients and optimizer states of one pass may take; the rest is for the
     activations. If a pass runs out of memory, it is halved."""
+    part: tuple[int, int] = (0, 1)
+    """`k n`: only the groups k, k + n, k + 2 n, ..: for n processes, each with its own --out."""
     budget_s: float = math.inf
     """Seconds after which to stop. The next run goes on from there."""
     save_s: float = 120.0
@@ -170,8 +172,8 @@ def extension(losses: dict[float, float]) -> tuple[float, ...]:
 
 def groups(options: Sweep, model: nn.Module) -> list[Group]:
     """All groups, in the order in which they are trained: LoRA first, to which others compare."""
-    every = options.variants == ("all",)
-    names = TRAINABLE if "all" in options.variants else options.variants
+    every = "all" in options.variants
+    names = (*MAIN, *(n for n in TRAINABLE if n not in MAIN)) if every else options.variants
     found: dict[str, Group] = {}
 
     def add(name: str, chosen: str, r: int, layers: tuple[str, ...] | None = None) -> None:
@@ -181,7 +183,7 @@ def groups(options: Sweep, model: nn.Module) -> list[Group]:
         found.setdefault(group.key, group)
 
     for chosen in options.sets:
-        for name in names if chosen == "configured" or not every else MAIN:
+        for name in MAIN if every and chosen != "configured" else names:
             ranked = "r" in lf.VARIANTS[name].__dataclass_fields__
             if chosen == "configured":
                 add(name, chosen, options.r)
@@ -192,7 +194,8 @@ def groups(options: Sweep, model: nn.Module) -> list[Group]:
             elif chosen == "matched" and ranked:
                 group = matched(name, options, model)
                 found.setdefault(group.key, group)
-    return list(found.values())
+    k, n = options.part
+    return list(found.values())[k::n]
 
 
 def matched(name: str, options: Sweep, model: nn.Module) -> Group:

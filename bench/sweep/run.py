@@ -18,9 +18,9 @@ import lora_func as lf
 
 from ..common import where
 from . import evaluate, files, model
-from .data import Data, load, pack
+from .data import Data, batch, load
 from .protocol import ALL_LINEAR, Group, Sweep, extension, first_grid, groups
-from .train import OutOfTime, Pass, Trained, seeds_of, train
+from .train import OutOfTime, Pass, Trained, train
 
 BYTES = 30  # of one parameter of a member: leaf, gradient, AdamW's two, and what a step needs
 
@@ -49,12 +49,11 @@ def main(options: Sweep, base: model.Answers | None = None, tokenizer: Any = Non
     if base is None:
         base, tokenizer, name = model.load(options.model, options.device, options.quantization)
         print(f"model: {name}", flush=True)
-    text = (options.data, options.length, options.validation, options.test, options.text)
     job = Job(
         options,
         base,
         tokenizer,
-        load(tokenizer, *text),
+        load(tokenizer, options),
         results,
         run,
         lambda: time.monotonic() - started < options.budget_s,
@@ -67,7 +66,9 @@ def main(options: Sweep, base: model.Answers | None = None, tokenizer: Any = Non
             run_group(job, group)
     except OutOfTime:
         done = sum(bool(results.of("test", group.key)) for group in todo)
-        print(f"time is over after {done} of {len(todo)} groups; the same command goes on from here")
+        print(
+            f"time is over after {done} of {len(todo)} groups; the same command goes on from here"
+        )
         return False
     print(f"all {len(todo)} groups are done: {results.path}")
     return True
@@ -77,12 +78,17 @@ def test_base(job: Job) -> None:
     """The row of the untrained base."""
     key = f"base|{job.options.quantization}"
     if not job.results.of("base", key):
-        row = {"kind": "base", "run": job.run, "group": key, **tests(job, None, {}, validation=True)}
+        row = {
+            "kind": "base",
+            "run": job.run,
+            "group": key,
+            **tests(job, None, {}, validation=True),
+        }
         job.results.add(row)
 
 
 def tests(
-    job: Job, adapter: lf.Adapter | None, leaves: dict[str, Tensor], validation: bool = False
+    job: Job, adapter: lf.Adapter | None, leaves: dict[str, Tensor], validation: bool
 ) -> dict[str, Any]:
     """What is reported of the members of the chosen learning rate, a list over seeds each."""
     data, found = job.data, {}
@@ -91,7 +97,7 @@ def tests(
         found["validation"] = evaluate.per_token(nats, data.validation)
     nats = evaluate.losses(job.base, adapter, leaves, data.test)
     found["test"] = evaluate.per_token(nats, data.test)
-    found["problems"] = [[round(x, 3) for x in member] for member in nats.tolist()]
+    found["problems"] = [[round(x, 2) for x in member] for member in nats.tolist()]
     found["answer_tokens"] = [int(n) for n in evaluate.answer_tokens(data.test)]
     text = evaluate.losses(job.base, adapter, leaves, data.text)
     found["text"] = evaluate.per_token(text, data.text)
@@ -121,7 +127,7 @@ def run_group(job: Job, group: Group) -> None:
         "lr": best,
         "at_end": bool(extension(search.losses)),
         "file_bytes": size_of_file(job.options.out, search.adapter, leaves),
-        **tests(job, search.adapter, leaves),
+        **tests(job, search.adapter, leaves, validation=False),
     }
     job.results.add(row)
     search.best_file.unlink(missing_ok=True)
@@ -144,9 +150,7 @@ class Search:
             stats=stats,
         )
         self.starts = [
-            self.adapter.init(
-                job.base, generator=torch.Generator().manual_seed(seed), stats=stats
-            )
+            self.adapter.init(job.base, generator=torch.Generator().manual_seed(seed), stats=stats)
             for seed in range(job.options.seeds)
         ]
         self.setup_s = time.monotonic() - started
@@ -245,13 +249,11 @@ def calibration(job: Job) -> list[dict[str, Any]]:
     batches = []
     for i in range(0, 32, 4):
         rows = job.data.train[i : i + 4]
-        ids, labels = (t.to(device) for t in pack([rows]))
-        T = ids.shape[1] // len(rows)
+        given = batch([rows], [0], device)
+        T = given["ids"].shape[1] // len(rows)
         lengths = torch.tensor([len(row.tokens) for row in rows], device=device)
         mask = (torch.arange(T, device=device) < lengths[:, None]).long().view(1, -1)
-        batches.append(
-            {"ids": ids, "labels": labels, "examples": len(rows), "attention_mask": mask}
-        )
+        batches.append({**given, "attention_mask": mask})
     return batches
 
 

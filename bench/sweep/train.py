@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from tqdm import tqdm
 import lora_func as lf
 
 from . import files
-from .data import Problem, orders, pack
+from .data import Problem, batch, orders
 from .model import Answers
 
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -36,7 +35,9 @@ class Population:
     torch's AdamW has one learning rate for a tensor. This one has one for each row.
     """
 
-    def __init__(self, starts: Sequence[Mapping[str, Tensor]], lrs: Tensor, scale: Mapping[str, float]):
+    def __init__(
+        self, starts: Sequence[Mapping[str, Tensor]], lrs: Tensor, scale: Mapping[str, float]
+    ):
         self.shapes = {key: leaf.shape for key, leaf in starts[0].items()}
         rows = [torch.cat([leaf.flatten() for leaf in start.values()]) for start in starts]
         self.flat = torch.stack(rows)
@@ -130,7 +131,7 @@ def train(base: Answers, job: Pass) -> Trained:
     lrs = torch.tensor([lr for lr, _ in members], dtype=torch.float64)
     starts = [job.starts[seed] for _, seed in members]
     population = Population(starts, lrs, job.adapter.lr_scale)
-    of_seed = torch.tensor([seed for _, seed in members], device=device)
+    of_member = [seed for _, seed in members]
     plan = orders([len(p.tokens) for p in job.problems], job.steps, job.batch, seeds)
     curves: list[Tensor] = []
     first, before = 0, 0.0
@@ -148,13 +149,14 @@ def train(base: Answers, job: Pass) -> Trained:
         state = {**population.state(), "curves": torch.stack(curves), "seconds": seconds}
         files.save_state(job.state, state)
 
-    progress = tqdm(range(first, job.steps), initial=first, total=job.steps, leave=False, unit="step")
+    progress = tqdm(
+        range(first, job.steps), initial=first, total=job.steps, leave=False, unit="step"
+    )
     for step in progress:
         rows = [[job.problems[i] for i in plan[seed, step].tolist()] for seed in range(seeds)]
-        ids, labels = (t.to(device, non_blocking=True)[of_seed] for t in pack(rows))
-        batch = {"ids": ids, "labels": labels, "examples": job.batch}
-        nll = job.adapter(base, population.leaves, batch).nll
-        losses = nll.sum(1) / (labels >= 0).sum(1)  # [K]
+        nll = job.adapter(base, population.leaves, batch(rows, of_member, device)).nll
+        tokens = [sum(len(p.tokens) - p.start for p in row) for row in rows]
+        losses = nll.sum(1) / torch.tensor(tokens)[of_member].to(device, non_blocking=True)  # [K]
         grad = population.gradient(losses.sum())
         losses = losses.detach()
         population.update(step + 1, factor(step, job.steps), losses, grad)
@@ -180,10 +182,3 @@ def reset_peak(device: torch.device) -> None:
 def peak(device: torch.device) -> int:
     """Bytes allocated at the peak; 0 on a CPU, which does not count them."""
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-
-
-def seeds_of(adapter: lf.Adapter, base: Any, seeds: int) -> list[dict[str, Tensor]]:
-    """The parameters with which each seed starts."""
-    return [
-        adapter.init(base, generator=torch.Generator().manual_seed(seed)) for seed in range(seeds)
-    ]
