@@ -352,3 +352,24 @@ def test_every_variant_trains_as_a_population(name, tmp_path):
     assert all(map(math.isfinite, trained["validation"][:2]))
     (test,) = [row for row in rows if row["kind"] == "test"]
     assert all(map(math.isfinite, test["test"]))
+
+
+@pytest.mark.parametrize(("name", "alike"), [("lora", False), ("pissa", True), ("loraxs", True)])
+def test_what_draws_nothing_starts_all_seeds_alike(name, alike, tmp_path):
+    """And as `Adapter.init` starts each."""
+    wanted = options(tmp_path, variants=(name,))
+    model, tokenizer = base(), word_tokenizer()
+    held = run.Job(
+        wanted,
+        model,
+        tokenizer,
+        data.load(tokenizer, wanted),
+        files.Results(tmp_path / "out" / "results.jsonl"),
+        0,
+        lambda: True,
+    )
+    search = run.Search(held, protocol.groups(wanted, model)[0])
+    assert (search.starts[0] is search.starts[1]) == alike
+    for seed, start in enumerate(search.starts):
+        own = search.adapter.init(model, generator=torch.Generator().manual_seed(seed))
+        assert largest(own, start) == 0

@@ -142,15 +142,17 @@ class Search:
         variant, stats = group.variant, None
         if variant.statistic is not None:
             stats = lf.collect(job.base, group.targets, calibration(job), variant.statistic)
-        self.adapter, _ = lf.adapt(
-            job.base,
-            variant,
-            targets=group.targets,
-            generator=torch.Generator().manual_seed(0),
-            stats=stats,
+        generator = torch.Generator().manual_seed(0)
+        before = generator.get_state()
+        self.adapter, params = lf.adapt(
+            job.base, variant, targets=group.targets, generator=generator, stats=stats
         )
+        # What draws nothing starts all seeds alike: no need to decompose the weights for each.
+        drawn = not torch.equal(before, generator.get_state())
         self.starts = [
             self.adapter.init(job.base, generator=torch.Generator().manual_seed(seed), stats=stats)
+            if drawn
+            else params
             for seed in range(job.options.seeds)
         ]
         self.setup_s = time.monotonic() - started
@@ -247,8 +249,9 @@ def calibration(job: Job) -> list[dict[str, Any]]:
     """The same 32 problems for every variant that starts from data."""
     device = next(job.base.parameters()).device
     batches = []
-    for i in range(0, 32, 4):
-        rows = job.data.train[i : i + 4]
+    chosen = job.data.train[:32]
+    for i in range(0, len(chosen), 4):
+        rows = chosen[i : i + 4]
         given = batch([rows], [0], device)
         T = given["ids"].shape[1] // len(rows)
         lengths = torch.tensor([len(row.tokens) for row in rows], device=device)
