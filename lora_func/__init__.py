@@ -7,6 +7,7 @@ else may change without notice.
 
 from . import variants as _variants
 from .allocation import RankAllocator
+from .arithmetic import as_lora, combine, singular_values
 from .binding import bind
 from .card import Card, Peft
 from .chain import Chain
@@ -58,8 +59,10 @@ __all__ = [  # noqa: PLE0604
     "Weight",
     "__version__",
     "adapt",
+    "as_lora",
     "bind",
     "collect",
+    "combine",
     "expand",
     "load",
     "merge",
@@ -67,6 +70,7 @@ __all__ = [  # noqa: PLE0604
     "reach",
     "save",
     "select",
+    "singular_values",
     "stack",
     "unstack",
     "value_and_grad",

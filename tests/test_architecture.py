@@ -30,6 +30,8 @@ ROOMS = {
     "engine": {"variant", "precision", "weights", "libraries"},
     "files": {"chain", "engine", "libraries", "variant", "variants", "version", "weights"},
     "population": set(),
+    "changes": {"engine", "libraries", "merging", "precision", "variant", "variants", "weights"},
+    "arithmetic": {"changes", "engine", "variant", "variants"},
     "allocation": {"engine"},
     "grad": {"libraries"},
     "binding": {"engine", "files", "libraries", "variant"},
@@ -37,6 +39,16 @@ ROOMS = {
     "probing": {"engine", "weights"},
     "reaching": {"engine", "libraries", "weights"},
     "testing": {"engine", "files", "variant"},
+    "interop": {
+        "arithmetic",
+        "engine",
+        "files",
+        "linalg",
+        "precision",
+        "variant",
+        "variants",
+        "weights",
+    },
     "demo": {"lora_func", "probing"},
 }
 

@@ -65,7 +65,7 @@ def load(
     catalogue = {**VARIANTS, Chain.name(): Chain, **{kind.name(): kind for kind in variants}}
     try:
         with torch.inference_mode(False):  # see adapt
-            manifest = parse(path.read_bytes(), catalogue)
+            manifest = parse(path, catalogue)
             plan = build(manifest, model)
             compare_fingerprints(manifest.base, plan.base, check_base)
             return place(manifest, plan, model)
