@@ -36,6 +36,9 @@ ROOMS = {
     "probing": {"engine", "weights"},
     "reaching": {"engine", "libraries", "weights"},
     "testing": {"engine", "files", "variant"},
+    "interop": {
+        *("engine", "files", "libraries", "linalg", "precision", "variant", "variants", "weights"),
+    },
     "demo": {"lora_func", "probing"},
 }
 
