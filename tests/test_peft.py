@@ -15,6 +15,7 @@ import pytest
 import torch
 from cases import CASES, Case
 from common import peft_config
+from peft_folders import compiled  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 
 import lora_func as lf
@@ -38,25 +39,6 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.last(torch.tanh(self.target(torch.tanh(self.first(x)))))
-
-
-class BlockDiagonal:
-    """PEFT's kernel for BOFT, [N, D, H, H] -> [N, D H, D H], which it compiles for a GPU."""
-
-    @staticmethod
-    def forward(blocks):
-        return [torch.stack([torch.block_diag(*own) for own in blocks])]
-
-    @staticmethod
-    def backward(grad, blocks):
-        rows = grad.unflatten(1, blocks.shape[1:3]).unflatten(3, blocks.shape[1:3])
-        return [rows.diagonal(dim1=1, dim2=3).movedim(-1, 1)]
-
-
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch):
-    """Without its kernel, PEFT warns and takes one butterfly factor."""
-    monkeypatch.setattr(peft.tuners.boft.layer, "get_fbd_cuda", lambda: BlockDiagonal)
 
 
 def key_of(name: str, keys: Iterable[str]) -> str:
