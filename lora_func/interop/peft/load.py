@@ -133,7 +133,8 @@ def assembled(config: Mapping[str, Any], tensors: dict[str, Tensor], model: nn.M
         for index, target in enumerate(targets):
             try:
                 take_numbered(target, index, rest)
-                parts.add(target.path, *site(config, target))
+                if any(tensor.numel() for tensor in target.tensors.values()):  # not of rank 0
+                    parts.add(target.path, *site(config, target))
             except LoraFuncError as error:
                 raise LoraFuncError(f"{target.path!r}: {error}") from error
         parts.add_leaves(SHARED, shared_leaves(config, targets, shared, parts.variants))

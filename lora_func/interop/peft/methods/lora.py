@@ -30,7 +30,7 @@ IDLE = (
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
     *("runtime_config", "megatron_config", "megatron_core", "qalora_group_size"),
 )
-PLAIN = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
+PLAIN = (True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights with which the base keeps its weights when PEFT loads the folder."""
 
 lora = Method(
@@ -136,15 +136,15 @@ LORA = (
     ),
 )
 
+REWRITTEN = (
+    "the base of that adapter is another one, {}. If your model is that base, set "
+    "init_lora_weights to true in the config"
+)
 INITS = {
-    "corda": "the base of that adapter is a rewritten one, which PEFT makes from data",
-    "loftq": (
-        "the base of that adapter is a quantized one, which PEFT makes anew when it loads. If your "
-        "model is that base, set init_lora_weights to true in the config"
-    ),
-    "pissa_niter": (
-        "the base of that adapter is a rewritten one, by a random decomposition that no file keeps"
-    ),
+    "corda": REWRITTEN.format("which PEFT rewrites by data"),
+    "lora_ga": REWRITTEN.format("which PEFT rewrites by gradients"),
+    "loftq": REWRITTEN.format("quantized by PEFT"),
+    "pissa_niter": REWRITTEN.format("which PEFT rewrites by a random decomposition"),
 }
 """Beginnings of init_lora_weights that no variant can follow, and why."""
 
