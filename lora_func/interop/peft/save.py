@@ -66,6 +66,10 @@ def save(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise LoraFuncError(f"{str(folder)!r} is a file, where a folder would stand")
+    if not folder.parent.is_dir():
+        raise LoraFuncError(
+            f"{str(folder)!r} cannot be made: there is no {str(folder.parent)!r}; make it first"
+        )
     weights: dict[str, Any] = {} if model is None else dict(adapter.weights(model))
     config, tensors = exported(adapter, params, weights, model)
     if base is None:
