@@ -206,6 +206,19 @@ FOLDERS: dict[str, Folder] = {
             modules_to_save=["lm_head", "ln_f"],
         ),
     ),
+    "tied tokens": (
+        gpt2,
+        partial(
+            LoraConfig,
+            target_modules=["c_attn"],
+            fan_in_fan_out=True,
+            trainable_token_indices=list(range(4, 40)),
+        ),
+    ),
+    "tied modules": (
+        partial(tiny_llama, tie_word_embeddings=True),
+        partial(LoraConfig, **R4, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    ),
     "convolutions": (
         Convolutions,
         partial(LoraConfig, r=2, target_modules=["wide", "point", "line", "head"]),

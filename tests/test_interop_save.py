@@ -125,7 +125,7 @@ def test_layers_whose_names_end_alike(known, tmp_path):
     adapter, params = lf.adapt(model, rules)
     config = there(tmp_path / "all", adapter, trained(params), model, known)
     assert (config["r"], config["lora_alpha"]) == (4, 8)
-    again, _ = load(tmp_path / "all", model)
+    again: Any = load(tmp_path / "all", model)[0]
     assert {path: (v.r, v.alpha) for path, v in again.variants.items()} == {
         "q": (2, 3),
         "z.q": (4, 8),

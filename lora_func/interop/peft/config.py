@@ -20,7 +20,7 @@ COMMON = (
     *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type"),
     *("inference_mode", "peft_version", "target_modules", "exclude_modules", "fan_in_fan_out"),
     *("layers_to_transform", "layers_pattern", "modules_to_save", "bias", "target_parameters"),
-    "trainable_token_indices",
+    *("trainable_token_indices", "ensure_weight_tying"),
 )
 """Fields of all methods. Where the adapter is, the keys of its tensors tell."""
 

@@ -140,7 +140,8 @@ def assembled(config: Mapping[str, Any], tensors: dict[str, Tensor], model: nn.M
         parts.add_leaves(SHARED, shared_leaves(config, targets, shared, parts.variants))
         dropout = dropout_of(method, config)
         say_idle(method, config)
-    for path, whole in wholes(rest, config, model).items():
+    found, together = wholes(rest, config, model)
+    for path, whole in found.items():
         parts.add(path, Full(), whole.weight, Leaves(whole.leaves))
         if dropout and not isinstance(whole.weight, ParameterWeight):
             warnings.warn(
@@ -149,7 +150,7 @@ def assembled(config: Mapping[str, Any], tensors: dict[str, Tensor], model: nn.M
                 stacklevel=3,
             )
             dropout = 0.0
-    check_apart(parts.weights, config, model)
+    check_apart(parts.weights, together, model)
     return parts.manifest(dropout)
 
 

@@ -24,6 +24,7 @@ from .fields import fields_of, inputs_and_outputs, method_of, targets_in
 from .method import Method
 from .methods.lora import experts, laid_out, lora
 from .targets import LEVEL
+from .whole import check_apart
 from .whole_modules import add_wholes, only_wholes, trained
 
 PREFIX = "base_model.model."
@@ -92,14 +93,14 @@ def exported(
     leaves = {path: adapter.params_of(path, params) for path in adapter.variants}
     full = {path: leaves[path] for path, v in adapter.variants.items() if type(v) is Full}
     check_model_given(adapter, full, model)
-    wholes = trained(full, weights)
+    wholes = trained(full, weights, model) if model is not None else {}
     variants = {path: v for path, v in adapter.variants.items() if path not in full}
     if not variants and model is not None:
         config, tensors = only_wholes(wholes, model)
         return config, {PREFIX + key: tensor for key, tensor in tensors.items()}
     methods = {path: method_of(variant) for path, variant in variants.items()}
     config = fields_of(variants, methods, leaves)
-    sites = {path: placed(adapter, path, methods[path], weights) for path in variants}
+    sites = {path: placed(adapter, path, methods[path], weights, model) for path in variants}
     config |= named(sites, model)
     method = next(iter(methods.values()))
     if method.peft_type == "IA3":
@@ -139,12 +140,15 @@ class Placed(NamedTuple):
     method: Method
 
 
-def placed(adapter: Adapter, path: str, method: Method, weights: Mapping[str, Any]) -> Placed:
+def placed(
+    adapter: Adapter, path: str, method: Method, weights: Mapping[str, Any], model: Any
+) -> Placed:
     """Where one site stands. Raises LoraFuncError for a parameter that PEFT does not reach."""
     tensor = adapter.base[path].tensor
     if tensor is None:
         return Placed(path, None, method)
     weight = weights[path]
+    check_apart({path: weight}, set(), model)
     if tensor != path:
         return Placed(path, None, laid_out(method, weight))
     module, _, name = path.rpartition(".")

@@ -32,39 +32,64 @@ class Whole(NamedTuple):
 
 def wholes(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], model: nn.Module
-) -> dict[str, Whole]:
+) -> tuple[dict[str, Whole], set[str]]:
     """path -> the Full there, from the tensors that no leaf of the method takes.
 
-    Raises LoraFuncError for one that the model has not, or has in another shape.
+    And the paths of parameters that several modules hold, and PEFT changes in all of them. Raises
+    LoraFuncError for a tensor that the model has not, or has in another shape.
     """
-    found: dict[str, Whole] = {}
+    given: dict[str, Tensor] = {}
+    together: set[str] = set()
     for key, tensor in tensors.items():
         path, _, name = key.rpartition(".")
         for wrapper in WRAPPERS:
             path = path.removesuffix(wrapper)
         module = submodule(model, path)
-        if module is None:
+        if module is not None and name == ROWS:
+            whole, name = with_rows(module, tensor, rows_of(config, path, key)), "weight"
+            together.add(f"{path}.weight")
+        else:
+            whole = tensor
+        held = None if module is None else held_by(module, name)
+        if module is None or held is None:
             raise LoraFuncError(unexpected(key, config))
-        if name == ROWS:
-            rows = with_rows(module, tensor, rows_of(config, path, key))
-            add(found, path, module, "weight", rows)
-            continue
-        held = held_by(module, name)
-        if held is None:
-            raise LoraFuncError(unexpected(key, config))
-        if held.shape != tensor.shape:
+        if held.shape != whole.shape:
             raise LoraFuncError(
-                f"{key!r} has shape {tuple(tensor.shape)}, and in this model "
-                f"{tuple(held.shape)}. Give the model the same vocabulary and head first"
+                f"{key!r} has shape {tuple(whole.shape)}, and in this model {tuple(held.shape)}. "
+                "Give the model the same vocabulary and head first"
             )
         if name in module._parameters and not (BASE in key and name == "weight"):
-            add(found, path, module, name, tensor)
-        elif not torch.equal(held.detach().to(tensor), tensor):
+            given[f"{path}.{name}"] = whole
+        elif not torch.equal(held.detach().to(whole), whole):
             raise LoraFuncError(
                 f"{key!r} is another one in this model, and the adapter was made for that in the "
                 "folder. Load it into the model first"
             )
-    return found
+    for paths in users(model).values():
+        alike = [path for path in paths if is_same(given.get(path), given.get(paths[0]))]
+        if len(paths) > 1 and alike == paths:
+            together.add(paths[0])
+            for path in paths[1:]:
+                del given[path]
+    found: dict[str, Whole] = {}
+    for key, tensor in given.items():
+        path, _, name = key.rpartition(".")
+        add(found, path, model.get_submodule(path), name, tensor, together=key in together)
+    return found, together
+
+
+def users(model: nn.Module) -> dict[int, list[str]]:
+    """id of a parameter -> its paths, one for each module that holds it."""
+    found: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            found.setdefault(id(parameter), []).append(f"{path}.{name}".removeprefix("."))
+    return {held: paths for held, paths in found.items() if held != id(None)}
+
+
+def is_same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether both are there and equal."""
+    return a is not None and b is not None and torch.equal(a, b)
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module | None:
@@ -117,23 +142,32 @@ def with_rows(module: nn.Module, tensor: Tensor, rows: list[int]) -> Tensor:
     return whole
 
 
-def add(found: dict[str, Whole], path: str, module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Adds the difference of one parameter: to its layer, or by itself."""
-    if kind_of(module) and name == "weight":
-        layer = read(path, module)
-        leaves = {"D": difference(layer.as_stored(tensor), layer.dense())}
-        if layer.bias is not None:
-            leaves["d"] = torch.zeros(layer.bias.shape, dtype=torch.float32)
+def add(
+    found: dict[str, Whole],
+    path: str,
+    module: nn.Module,
+    name: str,
+    tensor: Tensor,
+    *,
+    together: bool,
+) -> None:
+    """Adds the difference of one parameter: to its layer, or by itself if that is `together`."""
+    layer = kind_of(module) is not None and not together
+    if layer and name == "weight":
+        weight = read(path, module)
+        leaves = {"D": difference(weight.as_stored(tensor), weight.dense())}
+        if weight.bias is not None:
+            leaves["d"] = torch.zeros(weight.bias.shape, dtype=torch.float32)
         bias = found.pop(f"{path}.bias", None)
-        found[path] = Whole(layer, leaves if bias is None else {**leaves, "d": bias.leaves["D"]})
-    elif kind_of(module) and name == "bias" and path in found:
+        found[path] = Whole(weight, leaves if bias is None else {**leaves, "d": bias.leaves["D"]})
+    elif layer and name == "bias" and path in found:
         found[path].leaves["d"] = difference(tensor, module._parameters[name])
     else:
-        weight = ParameterWeight(module, name, f"{path}.{name}".removeprefix("."))
-        if problem := weight.problem():
-            raise LoraFuncError(f"the parameter {weight.path!r} {problem}")
-        D = difference(tensor, weight.stored)
-        found[weight.path] = Whole(weight, {"D": weight.layout.matrix(D)})
+        parameter = ParameterWeight(module, name, f"{path}.{name}".removeprefix("."))
+        if problem := parameter.problem():
+            raise LoraFuncError(f"the parameter {parameter.path!r} {problem}")
+        D = difference(tensor, parameter.stored)
+        found[parameter.path] = Whole(parameter, {"D": parameter.layout.matrix(D)})
 
 
 def difference(tensor: Tensor, base: Any) -> Tensor:
@@ -142,18 +176,16 @@ def difference(tensor: Tensor, base: Any) -> Tensor:
     return tensor.to(base.device, base.dtype) - base
 
 
-def check_apart(weights: Mapping[str, Any], config: Mapping[str, Any], model: nn.Module) -> None:
-    """Raises LoraFuncError for a parameter that two modules hold, where PEFT changes only one."""
-    together = config.get("ensure_weight_tying") or config.get("trainable_token_indices")
-    users: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            users.setdefault(id(parameter), []).append(f"{path}.{name}".removeprefix("."))
-    for weight in weights.values():
-        if isinstance(weight, ParameterWeight):
-            paths = users[id(weight.stored)]
-            if len(paths) > 1 and not (together and paths[0] == weight.path):
-                raise LoraFuncError(
-                    f"{listing(paths)} are one tensor in this model, of which PEFT changes only "
-                    f"{weight.path!r}. Untie them first (tie_word_embeddings=False)"
-                )
+def check_apart(weights: Mapping[str, Any], together: set[str], model: nn.Module) -> None:
+    """Raises LoraFuncError for a parameter that two modules hold, where PEFT changes only one.
+
+    `together` are those that it changes in all.
+    """
+    known = users(model)
+    for path, weight in weights.items():
+        paths = known[id(weight.stored)] if isinstance(weight, ParameterWeight) else []
+        if len(paths) > 1 and path not in together:
+            raise LoraFuncError(
+                f"{listing(paths)} are one tensor in this model, of which PEFT changes only "
+                f"{weight.path!r}. Untie them first (tie_word_embeddings=False)"
+            )

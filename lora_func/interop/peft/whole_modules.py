@@ -11,19 +11,25 @@ from ...errors import LoraFuncError, listing
 from ...precision import at_least_float32
 from ...weights.parameter import ParameterWeight
 from . import names
+from .whole import users
 
 
 def trained(
-    leaves: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Any]
+    leaves: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Any], model: nn.Module
 ) -> dict[str, dict[str, Tensor]]:
-    """path of a module -> name -> parameter, with the differences added."""
+    """path of a module -> name -> parameter, with the differences added.
+
+    A parameter that several modules hold is changed in all.
+    """
     found: dict[str, dict[str, Tensor]] = {}
+    known = users(model)
     for path, own in leaves.items():
         weight = weights[path]
         if isinstance(weight, ParameterWeight):
-            module, _, name = weight.path.rpartition(".")
-            D = weight.layout.as_stored(own["D"])
-            found.setdefault(module, {})[name] = added(weight.stored, D)
+            P = added(weight.stored, weight.layout.as_stored(own["D"]))
+            for place in known[id(weight.stored)]:
+                module, _, name = place.rpartition(".")
+                found.setdefault(module, {})[name] = P
             continue
         if weight.opaque:
             raise LoraFuncError(
