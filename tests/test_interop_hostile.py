@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from models import tiny_llama
@@ -144,6 +145,18 @@ def test_refused(name, tmp_path):
     change, why = WRONG[name]
     change(tmp_path)
     with pytest.raises(lf.LoraFuncError, match=f"(?s){tmp_path.name}.*{why}"):
+        load(tmp_path, model)
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in peft.PeftType])
+def test_every_type_of_peft(kind, tmp_path):
+    """Each is read, or refused; here the tensors are always those of a LoRA."""
+    model, _, _ = written("lora", tmp_path)
+    config(peft_type=kind)(tmp_path)
+    if kind == "LORA":
+        load(tmp_path, model)
+        return
+    with pytest.raises(lf.LoraFuncError):
         load(tmp_path, model)
 
 

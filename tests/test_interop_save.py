@@ -29,6 +29,7 @@ from torch import nn
 
 import lora_func as lf
 from lora_func.interop.peft import load, save
+from lora_func.interop.peft.methods import METHODS
 
 pytestmark = QUIET
 
@@ -86,6 +87,12 @@ def test_save(name, known, tmp_path):
     assert_close(again(model, loaded, batch).logits, expected)
     for key, leaf in loaded.items():
         torch.testing.assert_close(leaf, params[key])
+
+
+def test_every_method_of_the_cards():
+    """What PEFT has by its card can be written, but for what starts from data and an anchor."""
+    cards = {kind for kind in lf.VARIANTS.values() if kind.card.peft is not None}
+    assert cards - {method.kind for method in METHODS} == {lf.CorDA, lf.LoRAGA}
 
 
 # Adapters with something special
