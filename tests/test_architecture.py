@@ -43,6 +43,7 @@ ROOMS = {
         "arithmetic",
         "engine",
         "files",
+        "libraries",
         "linalg",
         "precision",
         "variant",
