@@ -78,11 +78,10 @@ class OFT(Variant):
         Q = skew(at_least_float32(v), self.block_size)
         if self.terms is None:
             return cayley_minus_identity(Q)
-        power = series = Q  # 2Q + 2Q² + .. + 2Q^(k-2) + Q^(k-1)
-        for _ in range(self.terms - 3):
-            power = power @ Q
-            series = series + power
-        return 2 * series + power @ Q
+        series, double = Q, 2 * Q  # 2Q + 2Q² + .. + 2Q^(k-2) + Q^(k-1), by Horner's rule
+        for _ in range(self.terms - 2):
+            series = torch.baddbmm(double, Q, series)
+        return series
 
     def prepare(self, weight, params, dtype):
         return {"R - I": self.turn(params["v"]).to(dtype)}
