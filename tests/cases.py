@@ -509,7 +509,12 @@ CASES = {
         up_to(lambda o, i: o * i // 5),
         smallest=3,
         # ΔW, which is not kept
-        remade=("aten.new_zeros.default", "aten.index_put.default", "aten._fft_c2c.default"),
+        remade=(
+            "aten.new_zeros.default",
+            "aten.index_put.default",
+            "aten._fft_r2c.default",
+            "aten._fft_c2r.default",
+        ),
         peft=Peft({"n_frequency": 20, "scaling": 100.0}, constants=FREQUENCIES),
     ),
     "c3a": Case(
