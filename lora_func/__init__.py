@@ -10,6 +10,7 @@ from .allocation import RankAllocator
 from .arithmetic import as_lora, combine, singular_values
 from .binding import bind
 from .card import Card, Peft
+from .chain import Chain
 from .engine.adapt import adapt
 from .engine.adapter import Adapter
 from .engine.collect import collect
@@ -39,6 +40,7 @@ __all__ = [  # noqa: PLE0604
     "VARIANTS",
     "Adapter",
     "Card",
+    "Chain",
     "InputMoments",
     "LoraFuncError",
     "Moments",

@@ -12,7 +12,10 @@ from effort import EXAMPLES, SUMMARY
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.append(str(Path(__file__).parents[1] / "bench"))  # for tests of its modules
+sys.path += [
+    str(Path(__file__).parents[1] / "bench"),
+    str(Path(__file__).parents[1]),
+]  # for tests of its modules
 
 slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
 settings.register_profile("ci", max_examples=EXAMPLES, derandomize=True, **slow)

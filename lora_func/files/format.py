@@ -5,7 +5,8 @@ under the key "lora_func":
 
     format     the version of this layout
     library    the version of lora_func that wrote it
-    variants   [[name, {field: value}], ..], each distinct variant once
+    variants   [[name, {field: value}], ..], each distinct variant once; the value of the field
+               "links" of a chain is such a list itself
     targets    {path: [index into variants, d_out, d_in, fingerprint or null]}, with the axes of
                the leaves' own matrices: [.., experts, d_out, d_in, ..] for a stack
     parameters {path: [path of the parameter, whether it is held as [.., d_in, d_out]]} of those
@@ -160,10 +161,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def plain_fields(variant: Variant) -> dict[str, Any]:
-    """The hyperparameters as JSON values. Raises LoraFuncError for a field that is none."""
+    """The hyperparameters as JSON values. Raises LoraFuncError for a field that is none.
+
+    The links of a chain become [[name, {field: value}], ..].
+    """
     fields = {field.name: getattr(variant, field.name) for field in dataclasses.fields(variant)}
     for name, value in fields.items():
-        if not is_plain(value):
+        if isinstance(value, tuple) and all(isinstance(link, Variant) for link in value):
+            fields[name] = [[link.name(), plain_fields(link)] for link in value]
+        elif not is_plain(value):
             raise LoraFuncError(
                 f"{variant}: a file can store numbers, strings, booleans and None, but {name} is "
                 f"{value!r}"
@@ -192,7 +198,8 @@ def make_variant(
     given = {}
     for old, value in fields.items():
         field = kind.renamed.get(old, old)
-        if not is_plain(value):
+        links = isinstance(value, list)
+        if not links and not is_plain(value):
             raise LoraFuncError(
                 f"field {old!r} of {name!r} is not a number, a string, a boolean or None"
             )
@@ -201,7 +208,7 @@ def make_variant(
                 f"unknown field {old!r} of {name!r}.{near_misses(old, known)} The known ones are "
                 f"{listing(known, limit=50)}"
             )
-        given[field] = value
+        given[field] = tuple(make_variant(n, f, catalogue) for n, f in value) if links else value
     return kind(**given)
 
 
