@@ -74,7 +74,7 @@ def save(
     weights: dict[str, Any] = {} if model is None else dict(adapter.weights(model))
     config, tensors = exported(adapter, params, weights, model)
     if base is None:
-        base = getattr(model, "name_or_path", None)
+        base = getattr(model, "name_or_path", None) or None
     common = {"base_model_name_or_path": base, "peft_version": RELEASE, "inference_mode": True}
     config = {**common, **config}
     own = {key: leaf.detach().cpu().contiguous().clone() for key, leaf in tensors.items()}
