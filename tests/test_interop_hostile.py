@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,3 +251,10 @@ def test_another_embedding(tmp_path):
     load(tmp_path, model)
     with pytest.raises(lf.LoraFuncError, match="is another one in this model"):
         load(tmp_path, tiny_llama())
+
+
+def test_needs_no_other_library():
+    """Neither PEFT nor transformers."""
+    code = "import sys; sys.modules.update(peft=None, transformers=None, huggingface_hub=None)\n"
+    code += "from lora_func.interop.peft import load, save"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, data_for
 from models import text_batch, tiny_llama, trained
 from peft_folders import (
     LAYERS,
@@ -257,6 +257,13 @@ def test_ranks_that_data_found(tmp_path):
     adapter, params = lf.adapt(model, lf.EVA(r=3, rho=2.0), targets=EVERY, calibration=batches)
     config = there(tmp_path / "new", adapter, trained(params), model)
     assert len(set(config["rank_pattern"].values()) | {config["r"]}) > 1
+
+
+def test_what_makes_up_for_quantization(tmp_path):
+    """LoftQ's is a LoRA on the base that it was made for."""
+    model, variant = tiny_llama(), lf.LoftQ(r=2)
+    adapter, params = lf.adapt(model, variant, targets=EVERY, **data_for(variant, model, EVERY))
+    there(tmp_path / "new", adapter, trained(params), model)
 
 
 def test_a_folder_is_replaced(tmp_path):
