@@ -229,6 +229,16 @@ def test_other_models(tmp_path):
         load(tmp_path, deeper)
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensor")
+def test_torch_attention(tmp_path):
+    """PEFT rewrites its weights before each call, and has keys for its parts."""
+    model = torch.nn.TransformerEncoderLayer(8, 2, 16)
+    theirs = randomized(LoraConfig(r=4, target_modules=["self_attn"]), model)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(lf.LoraFuncError, match="'self_attn' is a MultiheadAttention"):
+        load(tmp_path, model)
+
+
 def test_arguments(tmp_path):
     model = tiny_llama()
     with pytest.raises(lf.LoraFuncError, match="takes a path and a module"):
