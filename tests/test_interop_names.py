@@ -8,7 +8,7 @@ from typing import Any
 
 import peft
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
@@ -36,7 +36,12 @@ fields = st.fixed_dictionaries(
 )
 
 
+EVERYWHERE = {"exclude_modules": None, "modules_to_save": None, "layers_pattern": None}
+
+
 @given(config=fields)
+@example(config={**EVERYWHERE, "target_modules": ["up"], "layers_to_transform": [0]})
+@example(config={**EVERYWHERE, "target_modules": ["q"], "layers_to_transform": 1})
 def test_targets(config: dict[str, Any]):
     theirs = peft.LoraConfig()
     vars(theirs).update(config)  # without the constructor, which refuses some mixtures
