@@ -16,6 +16,8 @@ from lora_func import LoraFuncError
 from .files import read_rows
 
 SAMPLES = 4000  # of the bootstrap
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}
+"""Number of seeds -> half the 95 % interval of a mean, in standard errors."""
 
 
 @dataclass
@@ -242,7 +244,8 @@ def published(table: Table, lora: Entry) -> list[str]:
             if not all(map(math.isfinite, pairs)):
                 parts.append(f"{lr:g}: diverged")
                 continue
-            half = 2.776 * statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) == 5 else 0
+            n = len(pairs)
+            half = STUDENT.get(n, 2.262) * statistics.stdev(pairs) / math.sqrt(n) if n > 1 else 0
             parts.append(f"{lr:g}: {statistics.fmean(pairs):+.4f} ± {half:.4f}")
         found.append(
             "PiSSA minus LoRA at equal learning rates, in nats per token on validation (± is the "
