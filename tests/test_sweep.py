@@ -419,6 +419,7 @@ def test_report(swept, tmp_path, capsys):
     (lora,) = [row for row in summary["rows"] if row["label"] == "lora"]
     assert lora["to lora"] == [0, 0, 0]
     assert "Problems solved" in page
+    assert report.table(summary, "configured", "github").count("\n") == 4
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says():
