@@ -21,7 +21,7 @@ from models import largest, tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 import lora_func as lf
-from bench.sweep import data, evaluate, files, protocol, results, run, train
+from bench.sweep import data, evaluate, files, protocol, report, results, run, train
 from bench.sweep.__main__ import main as command
 from bench.sweep.model import Answers, fuse_norms
 from bench.sweep.protocol import Sweep
