@@ -115,7 +115,7 @@ def about(summary: dict[str, Any]) -> str:
     s, where = summary["settings"], summary["where"]
     versions = ", ".join(f"{k} {where[k]}" for k in ("torch", "transformers") if k in where)
     return (
-        f"For comparison, {base}. {s['steps']} steps of {s['batch']} problems, {s['seeds']} seeds, "
+        f"For comparison, {base}. {s['model']}, {s['steps']} steps of {s['batch']} problems, {s['seeds']} seeds, "
         f"r={s['r']}; {s['test']} test problems. {where['device']}; {versions}; commit "
         f"{where['commit']}."
     )

@@ -190,11 +190,16 @@ def summary(table: Table) -> dict[str, Any]:
     }
     return {
         "where": table.where,
-        "settings": table.settings,
+        "settings": {**table.settings, "model": model_of(table.settings["model"])},
         "base": base,
         "findings": findings(table),
         "rows": sorted(rows, key=lambda row: (row["set"], statistics.fmean(row["test"]))),
     }
+
+
+def model_of(name: str | None) -> str:
+    """The model's name, without the folder of its file."""
+    return "SmolLM2-135M-Instruct" if name is None else Path(name).name
 
 
 def finite(x: float) -> float | None:
