@@ -115,9 +115,9 @@ def about(summary: dict[str, Any]) -> str:
     s, where = summary["settings"], summary["where"]
     versions = ", ".join(f"{k} {where[k]}" for k in ("torch", "transformers") if k in where)
     return (
-        f"For comparison, {base}. {s['model']}, {s['steps']} steps of {s['batch']} problems, {s['seeds']} seeds, "
-        f"r={s['r']}; {s['test']} test problems. {where['device']}; {versions}; commit "
-        f"{where['commit']}."
+        f"For comparison, {base}. {s['model']}: {s['steps']} steps of {s['batch']} problems, "
+        f"{s['seeds']} seeds, r={s['r']}; {s['test']} test problems. {where['device']}; "
+        f"{versions}; commit {where['commit']}."
     )
 
 
