@@ -120,6 +120,11 @@ def batches_of(
     from sweep import data  # noqa: PLC0415  (a test imports this module without it)
 
     problems = data.encode(tokenizer, data.read(folder, "train.jsonl"), length)
+    if len(problems) < steps * batch:
+        raise lf.LoraFuncError(
+            f"{len(problems)} problems have at most {length} tokens, and {steps * batch} are "
+            "needed: give a larger --length"
+        )
     batches = []
     for i in range(0, steps * batch, batch):
         rows = problems[i : i + batch]
