@@ -25,3 +25,14 @@ def test_curves_are_pefts(name):
     assert len(row["curves"]["ours"]) == len(row["curves"]["peft"]) == 12
     assert row["largest difference"] < 2e-6  # a few units in the last place
     assert row["curves"]["ours"] != [row["curves"]["ours"][0]] * 12
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
+def test_another_scale_is_seen():
+    """The curves are two trainings, and not one twice."""
+    model = tiny_llama().requires_grad_(False)
+    ids = torch.randint(1, 64, (3, 10))
+    twin = TWINS["lora"]._replace(fields={"lora_alpha": 8})
+    row = compare(twin, model, [{"input_ids": ids, "labels": ids}] * 6)
+    assert row["curves"]["ours"][0] == row["curves"]["peft"][0]
+    assert row["largest difference"] > 1e-4
