@@ -19,21 +19,16 @@ Memory is the peak of a step beyond what was allocated before it, with the gradi
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import statistics
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from common import interleaved, peak_bytes, ratio, write
+from common import interleaved, peak, ratio, write
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -184,21 +179,6 @@ def repeated(run: Callable[[], Any]) -> Callable[[], None]:
             run()
 
     return loop
-
-
-def peak(run: Callable[[], Any]) -> int:
-    """The most bytes that are allocated at a time while `run` runs, beyond those before it."""
-    if torch.cuda.is_available():
-        return peak_bytes(run)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            run()
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"]
-    changes.sort(key=lambda change: change[0])
-    return max(itertools.accumulate((size for _, size in changes), initial=0))
 
 
 def main() -> None:

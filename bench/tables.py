@@ -53,16 +53,16 @@ AT_INIT = {
     "moved": "moved by design",
 }
 READS = {
-    "nothing": "nothing",
-    "init": "the matrix once, at init",
-    "rows": "the matrix at init, r rows per call",
-    "dense": "the matrix, on each call",
+    "nothing": ("nothing", "stays packed"),
+    "init": ("the matrix once, at init", "unpacked once"),
+    "rows": ("the matrix at init, r rows per call", "unpacked once"),
+    "dense": ("the matrix, on each call", "unpacked on each call"),
 }
 DATA = {"none": "no", "optional": "if given", "required": "yes"}
 
 
 def methods() -> str:
-    """The rest of the cards: for choosing, and for coming from PEFT."""
+    """How each method starts, and for coming from PEFT."""
     rows = []
     for kind in lf.VARIANTS.values():
         card = kind.card
@@ -73,18 +73,35 @@ def methods() -> str:
             )
             config = f"`{card.peft.config}({fields})`"
         lr = f"{card.lr:g}" if card.trainable else "-"
-        cells = [AT_INIT[card.at_init], READS[card.reads], DATA[card.data], lr, config]
+        cells = [AT_INIT[card.at_init], lr, config]
         rows.append([f"`{kind.__name__}`", *cells, card.beside_peft])
-    headers = [
-        "class",
-        "at init",
-        "reads of the weight",
-        "calibration",
-        "lr",
-        "in PEFT",
-        "beside it",
-    ]
-    return markdown(rows, headers)
+    return markdown(rows, ["class", "at init", "lr", "in PEFT", "beside it"])
+
+
+def supports() -> str:
+    """What the engine can do with each method, as its class tells by what it overrides."""
+    rows = []
+    for kind in lf.VARIANTS.values():
+        merges = kind.merged is not lf.Variant.merged
+        factors = kind.factors is not lf.Variant.factors
+        sites = merges and kind.card.data != "required"
+        parameters = "-"
+        if sites:
+            parameters = "of any shape" if kind.card.any_shape else "matrices"
+        experts = ("low-rank" if factors else "dense") if sites else "-"
+        axis = "layers, parameters" if sites and factors else "layers"
+        yes = ["yes" if found else "-" for found in (merges, factors)]
+        rows.append([f"`{kind.__name__}`", *yes, parameters, experts, axis])
+    return markdown(rows, ["class", "merge", "factors", "parameters", "experts", "example axis"])
+
+
+def needs() -> str:
+    """What each method needs to know of the weight and the data."""
+    rows = []
+    for kind in lf.VARIANTS.values():
+        cells = [*READS[kind.card.reads], DATA[kind.card.data]]
+        rows.append([f"`{kind.__name__}`", *cells])
+    return markdown(rows, ["class", "reads of the weight", "packed weight", "calibration"])
 
 
 def reference() -> str:
@@ -359,6 +376,42 @@ def parity(kind: str) -> str:
     return f"{table}\n\n{about} {ran_on}."
 
 
+def cost() -> str:
+    """Every variant beside PEFT's, on each device that was measured."""
+    return "\n\n".join(cost_of(path.stem) for path in sorted(RESULTS.glob("cost-*.json")))
+
+
+def cost_of(name: str) -> str:
+    """The same, of one file of results."""
+    result, ran_on = read(name)
+    s = result["settings"]
+    order = list(lf.VARIANTS)
+    rows = sorted(result["rows"], key=lambda row: order.index(row["variant"].partition(",")[0]))
+    sides, cells = ("ours", "peft"), []
+    for row in rows:
+        cells.append([row["variant"]])
+        for what in ("step", "forward"):
+            over = row[what]["over base"]
+            cells[-1] += [f"{over[side]:.2f}" if side in over else "-" for side in sides]
+        sizes = row["mebibytes over base"]
+        cells[-1] += [f"{sizes[side]:,.0f}" if side in sizes else "-" for side in sides]
+    headers = [
+        f"{before}{what}" for what in ("step", "forward", "MiB") for before in ("", "PEFT: ")
+    ]
+    table = markdown(cells, ["variant", *headers])
+    about = (
+        f"{s['blocks']} blocks of {s['hidden']} x {s['hidden']}, {s['hidden']} x {s['width']} and "
+        f"{s['width']} x {s['hidden']}, batch {s['batch']} x {s['tokens']} tokens, {s['dtype']}, "
+        f"r={s['r']}; times over those of the base; MiB over base: peak of the step."
+    )
+    failed = [
+        f"{who} cannot run {row['variant']} ({error})"
+        for row in rows
+        for who, error in row["errors"].items()
+    ]
+    return " ".join([f"{table}\n\n{about} {ran_on}.", *failed])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "sweep-findings": lambda: sweep_findings("h200"),
     "sweep-about": lambda: sweep_about("h200"),
@@ -369,10 +422,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "parity": lambda: parity("cpu"),
     "variants": variants,
     "methods": methods,
+    "supports": supports,
+    "needs": needs,
     "reference": reference,
     "overhead-cpu": lambda: overhead("cpu"),
     "overhead-h100": lambda: overhead("h100"),
     "launches-h100": lambda: launches("h100"),
+    "cost": cost,
     "experts": experts,
     "population-headline": lambda: headline("h100"),
     "view-cpu": lambda: view("cpu"),

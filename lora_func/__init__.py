@@ -7,8 +7,10 @@ else may change without notice.
 
 from . import variants as _variants
 from .allocation import RankAllocator
+from .arithmetic import as_lora, combine, singular_values
 from .binding import bind
 from .card import Card, Peft
+from .chain import Chain
 from .engine.adapt import adapt
 from .engine.adapter import Adapter
 from .engine.collect import collect
@@ -38,6 +40,7 @@ __all__ = [  # noqa: PLE0604
     "VARIANTS",
     "Adapter",
     "Card",
+    "Chain",
     "InputMoments",
     "LoraFuncError",
     "Moments",
@@ -56,8 +59,10 @@ __all__ = [  # noqa: PLE0604
     "Weight",
     "__version__",
     "adapt",
+    "as_lora",
     "bind",
     "collect",
+    "combine",
     "expand",
     "load",
     "merge",
@@ -65,6 +70,7 @@ __all__ = [  # noqa: PLE0604
     "reach",
     "save",
     "select",
+    "singular_values",
     "stack",
     "unstack",
     "value_and_grad",

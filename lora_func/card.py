@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -90,3 +91,11 @@ class Card:
     def url(self) -> str:
         """The address of `source`."""
         return self.source if "/" in self.source else f"arxiv.org/abs/{self.source}"
+
+
+def amend_card(variant: Any, **changes: Any) -> None:
+    """Gives a variant a card of its own, where an option changes what the class promises.
+
+    For `__post_init__`: the variant is frozen from then on.
+    """
+    object.__setattr__(variant, "card", dataclasses.replace(variant.card, **changes))

@@ -65,16 +65,16 @@ def low_rank_update(
     """`base + scale ((x Aᵀ) Bᵀ + bias)`, in the shape and dtype of `base`.
 
     `base [.., o]`, `x [.., i]`, `A [r, i]`, `B [o, r]`, `bias [o]`. All but x are cast; BA is never
-    formed. Kept for backward: x and the `[.., r]` intermediate. The scale is part of the sum,
-    which costs no kernel. (`addmm` would fuse the sum with the product, but it copies `base`, and
-    in eager mode its two reshapes cost more than the kernel that it saves.)
+    formed. Kept for backward: x and the `[.., r]` intermediate. B is scaled, and not the sum, whose
+    gradient would be scaled in a tensor of the size of `base`. (`addmm` would fuse the sum with the
+    product, but it copies `base`, and in eager mode its two reshapes cost more than the kernel that
+    it saves.)
     """
     h = F.linear(x, A.to(x.dtype))  # [.., r]
+    if scale != 1:
+        B, bias = scale * B, None if bias is None else scale * bias
     b = None if bias is None else bias.to(h.dtype)
-    delta = F.linear(h, B.to(h.dtype), b).to(base.dtype)  # [.., o]
-    if torch.compiler.is_compiling():  # which loses alpha where it fuses the sum and the product
-        return base + scale * delta
-    return torch.add(base, delta, alpha=scale)
+    return base + F.linear(h, B.to(h.dtype), b).to(base.dtype)  # [.., o]
 
 
 def weighted_sum(C: Tensor, B: Tensor, A: Tensor, beta: float, alpha: float) -> Tensor:
@@ -116,10 +116,9 @@ def compact_wy(U: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
 def skew(v: Tensor, n: int) -> Tensor:
     """Skew-symmetric `[.., n, n]` with the upper triangles `v [.., n (n - 1) / 2]`, row by row."""
     rows, cols = torch.triu_indices(n, n, 1, device=v.device)
-    # Position in v with a zero put before it. The zero fills the diagonal and the lower triangle.
-    position = torch.zeros(n, n, dtype=torch.long, device=v.device)
-    position[rows, cols] = torch.arange(1, len(rows) + 1, device=v.device)
-    upper = F.pad(v, (1, 0))[..., position]
+    # Written, and not read by index: the gradient of a read sums up whatever was read twice.
+    upper = v.new_zeros(*v.shape[:-1], n * n).index_copy(-1, rows * n + cols, v)
+    upper = upper.unflatten(-1, (n, n))
     return upper - upper.mT
 
 
@@ -131,7 +130,8 @@ def cayley_minus_identity(X: Tensor) -> Tensor:
     """
     X = at_least_float32(X)
     eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-    return torch.linalg.solve(eye - X, 2 * X)
+    # `solve` would wait for the GPU, to see whether I - X is singular. It never is.
+    return torch.linalg.solve_ex(eye - X, 2 * X).result
 
 
 @full_precision

@@ -174,7 +174,7 @@ class VariantType(abc.ABCMeta):
 
     def __call__(cls: type[T], *args: Any, **given: Any) -> T:
         known = [item.name for item in dataclasses.fields(cls) if item.init]  # pyright: ignore
-        if args:
+        if args and not cls.positional:  # pyright: ignore
             example = f"{cls.__name__}({known[0]}={args[0]!r})" if known else f"{cls.__name__}()"
             raise LoraFuncError(f"{cls.__name__} takes its fields by name, as in {example}")
         for old, new in cls.renamed.items():  # pyright: ignore
@@ -194,7 +194,7 @@ class VariantType(abc.ABCMeta):
                 raise LoraFuncError(
                     f"{cls.__name__} has no field {name!r}; its fields are: {fields}.{hint}"
                 )
-        return super().__call__(**given)
+        return super().__call__(*args, **given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +207,8 @@ class Variant(abc.ABC, metaclass=VariantType):
     card: ClassVar[Card] = Card()
     renamed: ClassVar[Mapping[str, str]] = {}
     """Old name -> new name of a field, for files and code that use the old one."""
+    positional: ClassVar[bool] = False
+    """Whether its constructor takes positional arguments."""
 
     @classmethod
     def name(cls) -> str:
@@ -217,6 +219,15 @@ class Variant(abc.ABC, metaclass=VariantType):
     def statistic(self) -> Statistic | None:
         """What `init` needs to know of the data that passes the layer, if anything."""
         return None
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether `init` takes stats."""
+        return self.statistic is not None or self.card.data != "none"
+
+    def parts(self) -> tuple[Variant, ...]:
+        """The variants of which it is made: itself, or those of a chain."""
+        return (self,)
 
     @property
     def lr_scale(self) -> Mapping[str, float]:

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_func as lf
-from lora_func.linalg import skew
 from lora_func.testing import ANY, Layer, stats_for
 from lora_func.variant import Variant, Weight
 from lora_func.weights.table import weight_of
@@ -25,19 +24,12 @@ from lora_func.weights.table import weight_of
 Ranks = Callable[[int, int], "st.SearchStrategy[int] | None"]
 
 
-def same(t: Tensor) -> Tensor:
-    return t
-
-
 @dataclass(frozen=True)
 class Peft:
-    """How PEFT's layer gets our parameters."""
+    """How PEFT has it. Its names of our leaves are those of `lora_func.interop.peft`."""
 
-    leaves: Mapping[str, tuple[str, Callable[[Tensor], Tensor]]]
-    """Leaf -> (PEFT's parameter, our value -> PEFT's value)."""
     fields: Mapping[str, Any] = field(default_factory=dict)  # of the config, beside the card's
     anchors: Mapping[str, str] = field(default_factory=dict)  # frozen leaf -> PEFT's, at init
-    shared: Mapping[str, str] = field(default_factory=dict)  # shared constant -> PEFT's buffer
     constants: Mapping[str, Callable[[Any], Tensor]] = field(default_factory=dict)
     """Frozen leaf -> its value in PEFT's layer."""
     twice: tuple[str, ...] = ()  # leaves of which PEFT trains two copies, with half the gradient
@@ -155,15 +147,6 @@ def arrow(r: int, **fields: Any) -> lf.AntiPaSTOArrow:
     return lf.AntiPaSTOArrow(r=r, block=r // 2, **fields)
 
 
-ROAD = {
-    "theta": ("road_theta.default", same),
-    "a": ("road_alpha.default", lambda a: 1 + a),
-}
-BOFT = {
-    "v": ("boft_R.default", lambda v: skew(-v, 4)),  # the inverse rotation
-    "ds": ("boft_s.default", lambda ds: (1 + ds)[:, None]),
-}
-A_B = {"A": ("lora_A.default.weight", same), "B": ("lora_B.default.weight", same)}
 ANCHORS = {"A0": "lora_A.default.weight", "B0": "lora_B.default.weight"}
 FREQUENCIES = {
     "rows": lambda layer: layer.indices["default"][0],
@@ -176,22 +159,10 @@ POSITIONS = {
 second: dict[str, Any] = {"engine": False}  # another form of a variant that the engine has seen
 data: dict[str, Any] = {"stats": of_statistic}
 
-ADALORA = {
-    "A": ("lora_A.default", same),
-    "B": ("lora_B.default", same),
-    "E": ("lora_E.default", lambda E: E[:, None]),
-}
 TINY = {
     "A": lambda layer: layer.tinylora_A["default"],
     "B": lambda layer: layer.tinylora_B["default"],
     "P": lambda layer: layer.tinylora_P["default"],
-}
-HADAMARD = {
-    name: (f"hada_{name[:2]}_{name[2]}.default", same) for name in ("w1a", "w1b", "w2a", "w2b")
-}
-KRONECKER = {
-    name: (f"lokr_{'_'.join((name[:2], *name[2:]))}.default", same)
-    for name in ("w1", "w1a", "w1b", "w2", "w2a", "w2b")
 }
 
 
@@ -199,38 +170,31 @@ def banked(r: int, **fields: Any) -> lf.VBLoRA:
     return lf.VBLoRA(r=r, num_vectors=6, vector_length=2, **fields)
 
 
-def kronecker(*names: str) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
-    """The leaves of LoKr that the layers of the differential test have."""
-    return {name: KRONECKER[name] for name in names}
-
-
-GRALORA = {name: (f"gralora_{name}.default", same) for name in ("A", "B")}
-GENERAL = {f"{name}_h": (f"gralora_{name}_general.default.weight", same) for name in ("A", "B")}
 CASES = {
-    "lora": Case(lf.LoRA, peft=Peft(A_B)),
+    "lora": Case(lf.LoRA, peft=Peft()),
     "lora-rs": Case(
         lambda r: lf.LoRA(r=r, rslora=True, alpha=4.0),
-        peft=Peft(A_B, {"use_rslora": True, "lora_alpha": 4.0}),
+        peft=Peft({"use_rslora": True, "lora_alpha": 4.0}),
     ),
     "lora-gaussian": Case(lambda r: lf.LoRA(r=r, start="gaussian"), **second),
     "lora-bias": Case(
         lambda r: lf.LoRA(r=r, add_bias=True),
         own_bias=True,
-        peft=Peft({**A_B, "b": ("lora_B.default.bias", same)}, {"lora_bias": True}),
+        peft=Peft({"lora_bias": True}),
         **second,
     ),
-    "pissa": Case(lf.PiSSA, fitting, products=2, peft=Peft(A_B, anchors=ANCHORS)),
+    "pissa": Case(lf.PiSSA, fitting, products=2, peft=Peft(anchors=ANCHORS)),
     "pissa-rs": Case(
         lambda r: lf.PiSSA(r=r, rslora=True, alpha=4.0),
         fitting,
-        peft=Peft(A_B, {"use_rslora": True, "lora_alpha": 4.0}, ANCHORS),
+        peft=Peft({"use_rslora": True, "lora_alpha": 4.0}, ANCHORS),
         **second,
     ),
     "pissa-randomized": Case(
         lambda r: lf.PiSSA(r=r, svd="randomized", alpha=5.0), fitting, **second
     ),
     "milora": Case(lf.MiLoRA, fitting, products=2),
-    "olora": Case(lf.OLoRA, fitting, products=2, peft=Peft(A_B, anchors=ANCHORS)),
+    "olora": Case(lf.OLoRA, fitting, products=2, peft=Peft(anchors=ANCHORS)),
     "corda": Case(lf.CorDA, fitting, products=2, **data),
     "corda-kpm": Case(lambda r: lf.CorDA(r=r, mode="kpm"), fitting, **data, **second),
     "loraga": Case(lf.LoRAGA, up_to(lambda o, i: min(o, i) // 2), smallest=2, products=2, **data),
@@ -263,13 +227,13 @@ CASES = {
     ),
     "adalora": Case(
         lambda r: lf.AdaLoRA(r=r),
-        peft=Peft(ADALORA, {"target_r": 4, "lora_alpha": 16}),
+        peft=Peft({"target_r": 4, "lora_alpha": 16}),
     ),
     "loraxs": Case(lambda r: lf.LoRAXS(r=r, alpha=4.0), fitting),
     "tinylora": Case(
         lambda r: lf.TinyLoRA(r=r, n=5),
         fitting,
-        peft=Peft({"v": ("tinylora_v.default.0", same)}, {"u": 5}, constants=TINY),
+        peft=Peft({"u": 5}, constants=TINY),
     ),
     "tinylora-shared": Case(lambda r: lf.TinyLoRA(r=r, n=5, share=True), fitting, **second),
     "gralora": Case(
@@ -278,7 +242,7 @@ CASES = {
         smallest=2,
         multiple=2,
         products=2,
-        peft=Peft(GRALORA, {"alpha": 64}),
+        peft=Peft({"alpha": 64}),
     ),
     "gralora-hybrid": Case(
         lambda r: lf.GraLoRA(r=r, alpha=9.0, k=4 if r % 4 == 0 else 2, hybrid_r=3),
@@ -286,50 +250,47 @@ CASES = {
         smallest=4,
         multiple=4,
         products=5,
-        peft=Peft({**GRALORA, **GENERAL}, {"alpha": 9, "gralora_k": 4, "hybrid_r": 3}),
+        peft=Peft({"alpha": 9, "gralora_k": 4, "hybrid_r": 3}),
         **second,
     ),
     # Their one product has rank r², 16 at the rank 4 at which `products` is read.
-    "loha": Case(lf.LoHa, products=4, peft=Peft(HADAMARD, {"alpha": 8})),
+    "loha": Case(lf.LoHa, products=4, peft=Peft({"alpha": 8})),
     "hira": Case(
         lf.HiRA,
         remade=("aten.mm.default", "aten.mul.Tensor"),  # W ∘ (B A), which is not kept
-        peft=Peft({"A": ("hira_A.default", same), "B": ("hira_B.default", same)}),
+        peft=Peft(),
     ),
     # Two intermediates of m r and of l r, with l = m = 16 where `products` is read.
-    "lokr": Case(lf.LoKr, products=32, peft=Peft(kronecker("w1", "w2"))),
+    "lokr": Case(lf.LoKr, products=32, peft=Peft()),
     "lokr-factor": Case(
         lambda r: lf.LoKr(r=r, alpha=3.0, decompose_factor=2),
         products=32,
-        peft=Peft(kronecker("w1", "w2a", "w2b"), {"alpha": 3, "decompose_factor": 2}),
+        peft=Peft({"alpha": 3, "decompose_factor": 2}),
         **second,
     ),
     "lokr-both": Case(
         lambda r: lf.LoKr(r=r, decompose_factor=12, decompose_both=True),
         products=40,
-        peft=Peft(kronecker("w1a", "w1b", "w2"), {"decompose_factor": 12, "decompose_both": True}),
+        peft=Peft({"decompose_factor": 12, "decompose_both": True}),
         **second,
     ),
     "abba": Case(lf.ABBA, fitting, products=4),
     "miss": Case(
         lf.MiSS,
         up_to(lambda o, i: i),
-        peft=Peft({"D": ("miss_block.default", same)}),
+        peft=Peft(),
     ),
     "dora": Case(
         lf.DoRA,
         activations=1,  # base_out, for the gradient of its magnitudes
         condition=cancellation,
-        peft=Peft({**A_B, "m": ("lora_magnitude_vector.default.weight", same)}),
+        peft=Peft(),
     ),
     "dora-rs": Case(
         lambda r: lf.DoRA(r=r, rslora=True, alpha=4.0),
         activations=1,
         condition=cancellation,
-        peft=Peft(
-            {**A_B, "m": ("lora_magnitude_vector.default.weight", same)},
-            {"use_rslora": True, "lora_alpha": 4.0},
-        ),
+        peft=Peft({"use_rslora": True, "lora_alpha": 4.0}),
         **second,
     ),
     "dora-full": Case(
@@ -337,35 +298,18 @@ CASES = {
     ),
     "delora": Case(
         lambda r: lf.DeLoRA(r=r, lambda0=3.0),
-        peft=Peft(
-            {
-                "A": ("delora_A.default", same),
-                "B": ("delora_B.default", same),
-                "lam": ("delora_lambda.default", lambda t: t.reshape(1)),
-            },
-            {"delora_lambda": 3.0},
-        ),
+        peft=Peft({"delora_lambda": 3.0}),
     ),
     "delora-paper": Case(lambda r: lf.DeLoRA(r=r, lambda0=2.0, start="paper")),
     "vera": Case(
         lf.VeRA,
         activations=1,  # B h, for the gradient of lb
-        peft=Peft(
-            {"lb": ("vera_lambda_b.default", same), "ld": ("vera_lambda_d.default", same)},
-            shared={"A": "vera_A.default", "B": "vera_B.default"},
-        ),
+        peft=Peft(),
     ),
     "randlora": Case(
         lambda r: lf.RandLoRA(r=r, alpha=5.0),
         remade=("aten.mul.Tensor", "aten.mul.Tensor"),  # S, which is not kept
-        peft=Peft(
-            {
-                "lam": ("randlora_lambda.default", same),
-                "gam": ("randlora_gamma.default", same),
-            },
-            {"randlora_alpha": 5},
-            shared={"bases_A": "randlora_A.default", "bases_B": "randlora_B.default"},
-        ),
+        peft=Peft({"randlora_alpha": 5}),
     ),
     # Beside intermediates, the vectors that are chosen and where: many, at a length of 2.
     "vblora": Case(banked, smallest=2, multiple=2, products=4),
@@ -375,24 +319,15 @@ CASES = {
         multiple=2,
         products=4,
         moved=lambda variant: 0.05,
-        peft=Peft(
-            {
-                "logits_A": ("vblora_logits_A.default", same),
-                "logits_B": ("vblora_logits_B.default", same),
-                "bank": ("vblora_vector_bank.default", same),
-            },
-            {"num_vectors": 6, "vector_length": 2, "topk": 3},
-        ),
+        peft=Peft({"num_vectors": 6, "vector_length": 2, "topk": 3}),
         **second,
     ),
-    "ia3": Case(
-        lf.IA3, none, activations=1, peft=Peft({"d": ("ia3_l.default", lambda d: (1 + d)[:, None])})
-    ),
-    "ia3ff": Case(lf.IA3FF, none, peft=Peft({"d": ("ia3_l.default", lambda d: (1 + d)[None, :])})),
+    "ia3": Case(lf.IA3, none, activations=1, peft=Peft()),
+    "ia3ff": Case(lf.IA3FF, none, peft=Peft()),
     "hra": Case(
         lf.HRA,
         up_to(lambda o, i: 12, smallest=2, step=2),
-        peft=Peft({"U": ("hra_u.default", lambda U: U.mT)}),
+        peft=Peft(),
     ),
     "ether": Case(
         lambda r: lf.ETHER(n=r),
@@ -413,26 +348,20 @@ CASES = {
         lambda r: lf.OFT(block_size=r),
         divisors,
         smallest=2,
-        peft=Peft(
-            {"v": ("oft_R.default.weight", lambda v: -v)},  # the inverse rotation
-            {"oft_block_size": 4, "use_cayley_neumann": False},
-        ),
+        peft=Peft({"oft_block_size": 4, "use_cayley_neumann": False}),
     ),
     "oft-neumann": Case(
         lambda r: lf.OFT(block_size=r, terms=5),
         divisors,
         smallest=2,
-        peft=Peft({"v": ("oft_R.default.weight", same)}, {"oft_block_size": 4}),
+        peft=Peft({"oft_block_size": 4}),
         **second,
     ),
     "oft-shared": Case(
         lambda r: lf.OFT(block_size=r, share=True),
         divisors,
         smallest=2,
-        peft=Peft(
-            {"v": ("oft_R.default.weight", lambda v: -v)},
-            {"oft_block_size": 4, "block_share": True, "use_cayley_neumann": False},
-        ),
+        peft=Peft({"oft_block_size": 4, "block_share": True, "use_cayley_neumann": False}),
         **second,
     ),
     "boft": Case(
@@ -441,7 +370,7 @@ CASES = {
         smallest=2,
         multiple=2,
         activations=1,  # base_out, for the gradient of its scales
-        peft=Peft(BOFT, {"boft_block_size": 4}, twice=("v",)),
+        peft=Peft({"boft_block_size": 4}, twice=("v",)),
     ),
     "boft-2": Case(
         lambda r: lf.BOFT(block_size=r, m=2),
@@ -449,7 +378,7 @@ CASES = {
         smallest=4,
         multiple=4,
         activations=1,
-        peft=Peft(BOFT, {"boft_block_size": 4, "boft_n_butterfly_factor": 2}, twice=("v",)),
+        peft=Peft({"boft_block_size": 4, "boft_n_butterfly_factor": 2}, twice=("v",)),
         **second,
     ),
     "boft-3": Case(
@@ -466,7 +395,7 @@ CASES = {
         smallest=2,
         multiple=2,
         activations=1,  # base_out, for the gradient of its angles
-        peft=Peft(ROAD, {"group_size": 4}),
+        peft=Peft({"group_size": 4}),
     ),
     "road-2": Case(
         lambda r: lf.ROAD(kind="road_2", group_size=r),
@@ -474,7 +403,7 @@ CASES = {
         smallest=2,
         multiple=2,
         activations=1,
-        peft=Peft(ROAD, {"group_size": 4, "variant": "road_2"}),
+        peft=Peft({"group_size": 4, "variant": "road_2"}),
         **second,
     ),
     "road-4": Case(
@@ -483,7 +412,7 @@ CASES = {
         smallest=2,
         multiple=2,
         activations=1,
-        peft=Peft(ROAD, {"group_size": 4, "variant": "road_4"}),
+        peft=Peft({"group_size": 4, "variant": "road_4"}),
         **second,
     ),
     "ssvd": Case(lf.SSVD, from_two, smallest=2),
@@ -558,19 +487,35 @@ CASES = {
         up_to(lambda o, i: o * i // (o + i)),
         smallest=2,
         remade=("aten.new_zeros.default", "aten.index_put.default"),  # ΔW, which is not kept
-        peft=Peft({"v": ("shira_weight.default", same)}, constants=POSITIONS),
+        peft=Peft(constants=POSITIONS),
+    ),
+    "shira-magnitude": Case(
+        lambda r: lf.SHiRA(r=r, mask="magnitude"),
+        up_to(lambda o, i: o * i // (o + i)),
+        smallest=2,
+        remade=("aten.new_zeros.default", "aten.index_put.default"),
+        **second,
+    ),
+    "shira-gradient": Case(
+        lambda r: lf.SHiRA(r=r, mask="gradient"),
+        up_to(lambda o, i: o * i // (o + i)),
+        smallest=2,
+        remade=("aten.new_zeros.default", "aten.index_put.default"),
+        **second,
+        **data,
     ),
     "fourierft": Case(
         lambda r: lf.FourierFT(n=5 * r, alpha=100.0),
         up_to(lambda o, i: o * i // 5),
         smallest=3,
         # ΔW, which is not kept
-        remade=("aten.new_zeros.default", "aten.index_put.default", "aten._fft_c2c.default"),
-        peft=Peft(
-            {"c": ("fourierft_spectrum.default", same)},
-            {"n_frequency": 20, "scaling": 100.0},
-            constants=FREQUENCIES,
+        remade=(
+            "aten.new_zeros.default",
+            "aten.index_put.default",
+            "aten._fft_r2c.default",
+            "aten._fft_c2r.default",
         ),
+        peft=Peft({"n_frequency": 20, "scaling": 100.0}, constants=FREQUENCIES),
     ),
     "c3a": Case(
         lambda r: lf.C3A(block_size=r),
@@ -578,7 +523,7 @@ CASES = {
         smallest=4,
         multiple=4,
         activations=2,  # the transform of x, 1.5 of its size for blocks of 4
-        peft=Peft({"w": ("c3a_kernel.default", same)}, {"block_size": 4}, gradient_in_x=False),
+        peft=Peft({"block_size": 4}, gradient_in_x=False),
     ),
     "full": Case(lf.Full, none),
     "ssteer": Case(
@@ -586,6 +531,12 @@ CASES = {
         fitting,
         stats=difference_of_means,
         moved=lambda variant: abs(variant.alpha),
+    ),
+    "chain": Case(
+        lambda r: lf.Chain(lf.LoRA(r=r), lf.HRA(r=2), lf.IA3()),
+        fitting,
+        smallest=2,
+        activations=2,  # the input that HRA makes for LoRA, and the output that IA3 scales
     ),
 }
 

@@ -33,7 +33,6 @@ from lora_func.files import atomic
 from lora_func.files import format as file_format
 
 NAME = "adapter.safetensors"
-SAFETENSORS = file_format.safetensors
 OPEN = "open"  # the builtin, which a global of a module hides
 STEPS = ("open", "write", "fsync", "replace", "replaced", "folder")
 
@@ -253,8 +252,10 @@ def raising(
     ("failure", "error"),
     [
         pytest.param(full_disk, OSError, id="full disk"),
-        pytest.param(raising(SAFETENSORS, "save"), KeyboardInterrupt, id="first serialization"),
-        pytest.param(raising(SAFETENSORS, "save", 1), KeyboardInterrupt, id="second serialization"),
+        pytest.param(raising(file_format, "raw"), KeyboardInterrupt, id="digest"),
+        pytest.param(
+            raising(file_format, "raw", 3), KeyboardInterrupt, id="in the midst of writing"
+        ),
         pytest.param(raising(atomic.shutil, "copymode"), KeyboardInterrupt, id="mode"),
         pytest.param(raising(os, "fsync"), KeyboardInterrupt, id="sync"),
         pytest.param(raising(os, "replace"), KeyboardInterrupt, id="rename"),

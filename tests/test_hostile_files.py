@@ -20,6 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,10 @@ class Parts:
 
     @classmethod
     def of(cls, content: bytes) -> Parts:
-        header, data = io.split(content)
+        file = BytesIO(content)
+        header, data = io.header_of(file), file.read()
         meta = json.loads(header["__metadata__"][io.KEY])
-        return cls({**header, "__metadata__": {io.KEY: "@meta@"}}, meta, bytes(data), {})
+        return cls({**header, "__metadata__": {io.KEY: "@meta@"}}, meta, data, {})
 
     def text(self, tree: Any) -> str:
         text = json.dumps(tree)
@@ -117,7 +119,8 @@ class Parts:
         try:
             meta = json.loads(self.text(self.meta))
             meta.pop("digest")
-            self.meta["digest"] = io.digest(meta, self.whole())
+            file = BytesIO(self.whole())
+            self.meta["digest"] = io.digest(meta, io.header_of(file), file)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             pass
         return self.whole()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -31,11 +33,12 @@ def saved(tmp_path):
 def rewrite(path: Path, change) -> None:
     """Changes the metadata and tensors of a file with care: the digest matches again."""
     content = path.read_bytes()
-    header, tensors = io.split(content)[0], safetensors.load(content)
+    header, tensors = io.header_of(BytesIO(content)), safetensors.load(content)
     meta = json.loads(header["__metadata__"][io.KEY])
     change(meta, tensors)
     meta.pop("digest")
-    meta["digest"] = io.digest(meta, safetensors.save(tensors))
+    data = BytesIO(safetensors.save(tensors))
+    meta["digest"] = io.digest(meta, io.header_of(data), data)
     path.write_bytes(safetensors.save(tensors, {io.KEY: json.dumps(meta)}))
 
 
@@ -87,7 +90,7 @@ def test_loaded_tensors_are_aligned(saved):
 
 def test_no_pickle(saved):
     """A file holds JSON and numbers."""
-    header = io.split(saved[3].read_bytes())[0]
+    header = io.header_of(BytesIO(saved[3].read_bytes()))
     assert json.loads(header["__metadata__"][io.KEY])["variants"] == [
         ["pissa", {"r": 4, "alpha": None, "rslora": False, "svd": "exact", "niter": 4}]
     ]
@@ -343,3 +346,45 @@ def test_rebuilt_constants(tmp_path, calibrated):
         lf.save(tmp_path / "lora", other, own, frozen="rebuild")
     with pytest.raises(lf.LoraFuncError, match=r"expected 'store' or 'rebuild'"):
         lf.save(tmp_path / "lora", other, own, frozen="drop")
+
+
+def test_a_large_file_is_in_memory_once(tmp_path):
+    """Saving copies no tensor that is on the CPU. Reading maps the file, and loading copies it."""
+    model = nn.Embedding(1024, 4096)
+    adapter, params = lf.adapt(model, lf.Full(), targets=lf.Targets(parameters=("weight",)))
+    (leaf,) = params.values()
+    _, part = io.serialize({}, params)
+    assert part.ctypes.data == leaf.data_ptr()
+    lf.save(tmp_path / NAME, adapter, params)
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        pytest.skip("reads its own memory from Linux")
+
+    def anonymous() -> int:
+        (kilobytes,) = re.findall(r"RssAnon:\s+(\d+) kB", status.read_text())
+        return int(kilobytes) // 1024
+
+    before = anonymous()
+    manifest = io.parse(tmp_path / NAME, lf.VARIANTS)
+    assert anonymous() - before < 8  # of 16 MiB
+    (mapped,) = manifest.tensors.values()
+    assert torch.equal(mapped, leaf)
+
+
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
+    """The header is one file's, and the tensors are the other's: they are read again."""
+    model, adapter, params = adapted(model=mlp(), targets=lf.Targets(roles=()))
+    lf.save(tmp_path / NAME, adapter, params)
+    zeros = {key: torch.zeros_like(leaf) for key, leaf in params.items()}
+    mapped, calls = safetensors.load_file, []
+
+    def replacing(path: Path) -> dict[str, torch.Tensor]:
+        calls.append(path)
+        if len(calls) == 1:
+            lf.save(path, adapter, zeros)
+        return mapped(path)
+
+    monkeypatch.setattr(safetensors, "load_file", replacing)
+    _, loaded = lf.load(tmp_path / NAME, model)
+    assert len(calls) == 2
+    assert not any(leaf.any() for leaf in loaded.values())

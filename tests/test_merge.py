@@ -10,6 +10,7 @@ from cases import catalogue
 from models import adapted, mlp, text_batch, tiny_llama
 from torch import nn
 from torch.func import functional_call
+from transformers import LlamaForCausalLM
 
 import lora_func as lf
 
@@ -114,3 +115,42 @@ def test_another_model():
     _, adapter, params = adapted()
     with pytest.raises(lf.LoraFuncError, match=r"q_proj' is \(48, 64\) in this LlamaForCausalLM"):
         lf.merge(adapter, tiny_llama(hidden_size=64), params)
+
+
+@pytest.mark.filterwarnings("ignore:.* are one tensor, so one adapter acts in all:UserWarning")
+@pytest.mark.parametrize("shards", ["5GB", "20KB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_by_transformers(tied, dtype, shards, tmp_path):
+    """Three lines make a checkpoint that needs nothing of ours; a tied head stays tied."""
+    model = tiny_llama(tie_word_embeddings=tied).to(dtype)
+    rules = {
+        r"(q|down)_proj$": lf.LoRA(r=4),
+        r"o_proj$": lf.DoRA(r=4),
+        "embed_tokens": lf.LoRA(r=4),
+    }
+    model, adapter, params = adapted(rules, model, targets=lf.Targets())
+    batch = text_batch()
+    expected = adapter(model, params, batch).logits
+    merged = lf.merge(adapter, model, params)
+    model.load_state_dict(merged, strict=False)
+    model.save_pretrained(tmp_path, max_shard_size=shards)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards == "20KB")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.dtype == dtype
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    own = model.state_dict()
+    assert all(torch.equal(tensor, own[key]) for key, tensor in loaded.state_dict().items())
+    if dtype == torch.float32:  # in bfloat16, a merged weight has lost what the adapter keeps
+        torch.testing.assert_close(loaded(**batch).logits, expected)
+
+
+def test_a_tied_head_as_a_layer():
+    """Its adapter is the head's alone, which one tensor for two cannot hold."""
+    model = tiny_llama(tie_word_embeddings=True)
+    rules = {"lm_head": lf.LoRA(r=4)}
+    model, adapter, params = adapted(
+        rules, model, targets=lf.Targets(names=("lm_head",), exclude=())
+    )
+    with pytest.raises(lf.LoraFuncError, match=r"'lm_head' shares its weight with 'model\.embed_t"):
+        lf.merge(adapter, model, params)

@@ -1,13 +1,13 @@
 """Differential tests against PEFT: the same parameters give the same outputs and gradients.
 
-In float32. The entries in cases.py map our leaves to PEFT's parameters: the shapes differ, the
+In float32. `lora_func.interop.peft` maps our leaves to PEFT's parameters: the shapes differ, the
 numbers do not.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import peft
@@ -15,9 +15,12 @@ import pytest
 import torch
 from cases import CASES, Case
 from common import peft_config
+from peft_folders import compiled  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 
 import lora_func as lf
+from lora_func.interop.peft.method import Leaf, Method
+from lora_func.interop.peft.methods import METHODS
 
 R = 4
 TOLERANCE = 1e-5  # float32, relative to the largest entry
@@ -40,28 +43,35 @@ class Net(nn.Module):
         return self.last(torch.tanh(self.target(torch.tanh(self.first(x)))))
 
 
-class BlockDiagonal:
-    """PEFT's kernel for BOFT, [N, D, H, H] -> [N, D H, D H], which it compiles for a GPU."""
-
-    @staticmethod
-    def forward(blocks):
-        return [torch.stack([torch.block_diag(*own) for own in blocks])]
-
-    @staticmethod
-    def backward(grad, blocks):
-        rows = grad.unflatten(1, blocks.shape[1:3]).unflatten(3, blocks.shape[1:3])
-        return [rows.diagonal(dim1=1, dim2=3).movedim(-1, 1)]
-
-
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch):
-    """Without its kernel, PEFT warns and takes one butterfly factor."""
-    monkeypatch.setattr(peft.tuners.boft.layer, "get_fbd_cuda", lambda: BlockDiagonal)
-
-
 def key_of(name: str, keys: Iterable[str]) -> str:
     """The key of a leaf of the layer, or of all layers."""
     return next(key for key in keys if key.partition(".lora_")[2] == name)
+
+
+def parameter(key: str) -> str:
+    """The name in PEFT's layer of what its files call `key`."""
+    special = {
+        "lora_magnitude_vector": "lora_magnitude_vector.weight",
+        "tinylora_v": "tinylora_v.0",
+    }
+    name, dot, rest = special.get(key, key).partition(".")
+    return f"{name}.default{dot}{rest}"
+
+
+def method_for(case: Case) -> Method:
+    """PEFT's method of a case."""
+    variant = case.variant(R)
+    own = [method for method in METHODS if method.kind is type(variant)]
+    return next((method for method in own if method.accepts(variant)), own[0])
+
+
+def leaves_of(case: Case, params: Mapping[str, Tensor]) -> dict[str, Leaf]:
+    """The trainable leaves, with PEFT's names of their parameters."""
+    method = method_for(case)
+    names = {key.partition(".lora_")[2] for key in params}
+    return {
+        name: leaf for name, leaf in {**method.leaves, **method.shared}.items() if name in names
+    }
 
 
 def config_of(case: Case) -> Any:
@@ -83,12 +93,13 @@ def pair(case: Case, model: nn.Module) -> tuple[lf.Adapter, dict[str, Tensor], A
         adapter = lf.Adapter(adapter.variants, adapter.shapes, frozen, adapter.base, adapter.dtype)
         params = adapter.init(model)
     buffers = {name.split("target.")[-1]: t for name, t in theirs.named_buffers()}
-    for name, theirs_ in case.peft.shared.items():
-        buffers[theirs_].copy_(adapter.frozen[f"shared.lora_{name}"])
+    for name, leaf in method_for(case).shared.items():
+        if f"shared.lora_{name}" in adapter.frozen:
+            buffers[parameter(leaf.key)].copy_(adapter.frozen[f"shared.lora_{name}"])
     trained = {key: leaf + 0.3 * torch.randn_like(leaf) for key, leaf in params.items()}
     with torch.no_grad():
-        for name, (parameter, convert) in case.peft.leaves.items():
-            own[parameter].copy_(convert(trained[key_of(name, trained)]))
+        for name, leaf in leaves_of(case, trained).items():
+            own[parameter(leaf.key)].copy_(leaf.theirs(trained[key_of(name, trained)]))
     return adapter, trained, theirs, own
 
 
@@ -105,11 +116,12 @@ def test_outputs_and_gradients(case: Case, shape, bias: bool):
 
     (theirs(x) * weights).sum().backward()
     grads = torch.func.grad(lambda p: (adapter(model, p, x) * weights).sum())(trained)
-    for name, (parameter, convert) in case.peft.leaves.items():
+    for name, leaf in leaves_of(case, grads).items():
         gradient = grads[key_of(name, grads)]
-        # `convert` permutes and shifts entries; on gradients only the permutation applies.
-        moved = convert(gradient) - convert(torch.zeros_like(gradient))
-        assert_close(moved / 2 if name in case.peft.twice else moved, own[parameter].grad)
+        # `theirs` permutes and shifts entries; on gradients only the permutation applies.
+        moved = leaf.theirs(gradient) - leaf.theirs(torch.zeros_like(gradient))
+        given = own[parameter(leaf.key)].grad
+        assert_close(moved / 2 if name in case.peft.twice else moved, given)
     xs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
     (adapter(model, trained, xs[0]) * weights).sum().backward()
     (theirs(xs[1]) * weights).sum().backward()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cases import over
@@ -57,3 +59,32 @@ def test_the_rank_is_not_limited():
     params = lf.SHiRA(r=1).init(weight, torch.Generator().manual_seed(0))
     trained = {**params.frozen, "v": torch.randn(24, generator=torch.Generator().manual_seed(1))}
     assert torch.linalg.matrix_rank(lf.SHiRA(r=1).merged(weight, trained)[0]) > 6
+
+
+def test_positions_of_the_largest_entries():
+    W = torch.tensor([[1.0, -5.0, 2.0], [0.5, 3.0, -4.0], [0.1, 0.2, 0.3]])
+    drawn = lf.SHiRA(r=1, mask="magnitude").init(lf.Weight(W), None)
+    at = set(zip(drawn.frozen["rows"].tolist(), drawn.frozen["cols"].tolist()))
+    assert at == {(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)}
+
+
+def test_positions_of_the_largest_gradients():
+    """Those of autograd's gradient of the weight over the batches, through calibration."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 8), Loss())
+    batches = [torch.randn(4, 12) for _ in range(3)]
+    variant, targets = lf.SHiRA(r=2, mask="gradient"), lf.Targets(roles=())
+    with pytest.raises(lf.LoraFuncError, match="pass calibration=batches"):
+        lf.adapt(model, variant, targets=targets)
+    adapter, _ = lf.adapt(model, variant, targets=targets, calibration=batches)
+    sum(model(batch).loss for batch in batches).backward()  # pyright: ignore
+    expected = model[0].weight.grad.abs().flatten().topk(40).indices.sort().values  # pyright: ignore
+    rows, cols = (adapter.frozen[f"0.lora_{name}"].long() for name in ("rows", "cols"))
+    assert torch.equal(rows * 12 + cols, expected)
+
+
+class Loss(torch.nn.Module):
+    """A loss in the form that calibration by gradients expects."""
+
+    def forward(self, y):
+        return SimpleNamespace(loss=y.square().sum())

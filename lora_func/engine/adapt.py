@@ -122,7 +122,7 @@ def check_dropout(dropout: Any, found: Sequence[Found]) -> None:
     for site in found if dropout else ():
         if isinstance(site.weight, ParameterWeight):
             why = "a parameter, which has no input of its own"
-        elif not overrides(site.variant, "apply"):
+        elif not any(overrides(part, "apply") for part in site.variant.parts()):
             why = (
                 f"adapted by {type(site.variant).__name__}, which acts on what the base layer sees"
             )

@@ -20,10 +20,10 @@ from ..weights.experts import virtual_experts
 from ..weights.layer import LayerWeight
 from ..weights.parameter import ParameterWeight
 from ..weights.table import read
-from .batch import call_arguments
+from .batch import call_arguments, check_active
 from .holder import entries_of
 from .keys import SHARED, by_path, key_mismatch
-from .layer import AdaptedLayer, check_bare
+from .layer import AdaptedLayer, check_bare, overrides
 from .leaves import blank, check_stats, draw
 from .messages import explained, missing_modules
 from .parameters import parameter_of
@@ -76,7 +76,7 @@ class Adapter:
         def site(path: str, variant: Variant) -> Site:
             # What another variant shares may have the name of a leaf of this one: VeRA's A is not
             # LoRA's.
-            shares = type(variant).init_shared is not Variant.init_shared
+            shares = any(overrides(part, "init_shared") for part in variant.parts())
             common = leaves.get(SHARED, {}).keys() | constants.get(SHARED, {}).keys()
             own = leaves.get(path, {}).keys() | constants.get(path, {}).keys()
             shared = frozenset(common - own if shares else ())
@@ -109,6 +109,8 @@ class Adapter:
         model: nn.Module,
         params: Mapping[str, Tensor],
         batch: Any = None,
+        *,
+        active: Tensor | None = None,
         **unpacked: NoReturn,
     ) -> Any:
         """What the model returns for `batch`, adapted.
@@ -123,13 +125,18 @@ class Adapter:
             params: flat key -> tensor, with the keys and shapes of `shapes`.
             batch: a mapping becomes keyword arguments, a tuple or list positional ones, anything
                 else the one argument.
+            active: bool `[batch, tokens]`, on which tokens the adapter acts; None: on all. The
+                others pass the base layers alone, whose keys and values any adapter can then
+                share: aLoRA (Greenewald et al. 2025, arXiv 2504.12397), with any variant.
 
         Raises:
             LoraFuncError: params with missing or unexpected keys, wrong shapes or integer dtypes;
-                a model without the targets; an example axis that a layer does not see; a batch
-                that no model takes; activation checkpointing of a kind that loses gradients; a
-                layer that is adapted and never called, because its parent reads its weight; a
-                forward that writes in place to a tensor of the model, which a call cannot undo.
+                a model without the targets; an example axis that a layer does not see; `active` of
+                another shape than the tokens that a layer sees, or with adapted parameters; a
+                batch that no model takes; activation checkpointing of a kind that loses
+                gradients; a layer that is adapted and never called, because its parent reads its
+                weight; a forward that writes in place to a tensor of the model, which a call
+                cannot undo.
 
         Warns, once, of an adapted layer that its parent ran without calling; and, once for each
         change, of a model whose weights are no longer those that the adapter was made on.
@@ -139,16 +146,25 @@ class Adapter:
                 f"the batch is one argument: write adapted_forward(model, params, batch), not "
                 f"**batch; {listing(unpacked)} were given by name"
             )
-        return self.run(model, params, batch, watched=not torch.compiler.is_compiling())
+        watched = not torch.compiler.is_compiling()
+        return self.run(model, params, batch, active=active, watched=watched)
 
     def run(
-        self, model: nn.Module, params: Mapping[str, Tensor], batch: Any, *, watched: bool
+        self,
+        model: nn.Module,
+        params: Mapping[str, Tensor],
+        batch: Any,
+        *,
+        active: Tensor | None = None,
+        watched: bool,
     ) -> Any:
         """The same. `watched`: whether to tell of layers that do not run."""
         args, kwargs = call_arguments(batch)
         check_model(model)
         self.check(params)
-        view = self.view(model, params, call=True)
+        if active is not None:
+            check_active(active, [path for path, base in self.base.items() if base.tensor])
+        view = self.view(model, params, call=True, active=active)
         traced = torch.compiler.is_compiling()
         if not traced:
             self._drift.check(model, view.weights(), self.base)
@@ -209,22 +225,14 @@ class Adapter:
         Raises:
             LoraFuncError: a field that no variant has; a value that needs other parameters.
         """
-        kinds = self.variants.values()
-        known = {field.name for variant in kinds for field in dataclasses.fields(variant)}
+        parts = [part for variant in self.variants.values() for part in variant.parts()]
+        known = {field.name for part in parts for field in dataclasses.fields(part)}
         if unknown := [name for name in fields if name not in known]:
             raise LoraFuncError(
                 f"no variant of this adapter has a field {listing(unknown)}."
                 f"{near_misses(unknown[0], known)}"
             )
-        variants = {}
-        for path, variant in self.variants.items():
-            names = {field.name for field in dataclasses.fields(variant)}
-            own = {
-                name: value(getattr(variant, name)) if callable(value) else value
-                for name, value in fields.items()
-                if name in names
-            }
-            variants[path] = dataclasses.replace(variant, **own)
+        variants = {path: replaced(variant, fields) for path, variant in self.variants.items()}
         shapes = {key: torch.empty(shape, device="meta") for key, shape in self.shapes.items()}
         leaves = {**shapes, **self.frozen}
         needed = blank(variants, self.base, leaves)
@@ -359,10 +367,18 @@ class Adapter:
         """Takes the weights of `model`, as they are now, for those that the adapter was made on."""
         self._drift.note(model, self.base)
 
-    def view(self, model: nn.Module, params: Mapping[str, Tensor], *, call: bool) -> View:
+    def view(
+        self,
+        model: nn.Module,
+        params: Mapping[str, Tensor],
+        *,
+        call: bool,
+        active: Tensor | None = None,
+    ) -> View:
         """The view of `model` in which every target carries its part of `params`.
 
-        `call`: for one call. Otherwise the view is kept, and all modules are copied.
+        `call`: for one call. Otherwise the view is kept, and all modules are copied. `active`: on
+        which tokens it acts.
         """
         adapted: list[AdaptedLayer] = []
 
@@ -390,7 +406,7 @@ class Adapter:
         if missing:
             raise LoraFuncError(missing_modules(model, missing))
         for layer in adapted:
-            layer.settle(call)
+            layer.settle(call, active)
         for path, n in experts_apart(held).items():
             virtual_experts(view.get_submodule(path), n, path)
         return View(view, adapted, held, parameters, versions)
@@ -405,6 +421,19 @@ class Adapter:
         parts = self.variants, self.shapes, self.frozen, self.base
         make = functools.partial(Adapter, dropout=self.dropout)
         return make, (*map(dict, parts), self.dtype)
+
+
+def replaced(variant: Variant, fields: Mapping[str, Any]) -> Variant:
+    """The variant, or the links of a chain, with those `fields` that it has."""
+    own = {}
+    for field in dataclasses.fields(variant):
+        old = getattr(variant, field.name)
+        if field.name in fields:
+            new = fields[field.name]
+            own[field.name] = new(old) if callable(new) else new
+        elif isinstance(old, tuple):
+            own[field.name] = tuple(replaced(link, fields) for link in old)
+    return dataclasses.replace(variant, **own)
 
 
 def check_model(model: Any) -> None:

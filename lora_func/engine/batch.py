@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..errors import LoraFuncError
+import torch
+from torch import Tensor
+
+from ..errors import LoraFuncError, listing
 
 NOT_A_BATCH = (str, bytes, bool, int, float, set, frozenset, Iterator)
 
@@ -28,3 +31,20 @@ def call_arguments(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
             "model, such as a tensor"
         )
     return (batch,), {}
+
+
+def check_active(active: Any, parameters: Sequence[str]) -> None:
+    """Raises LoraFuncError for what does not say on which tokens an adapter acts.
+
+    `parameters`: paths of those that it adapts. They see no tokens.
+    """
+    if not isinstance(active, Tensor) or active.dtype != torch.bool:
+        given = repr(active)
+        if isinstance(active, Tensor):
+            given = f"{active.dtype} of shape {tuple(active.shape)}"
+        raise LoraFuncError(f"active must be a bool tensor [batch, tokens], not {given}")
+    if parameters:
+        raise LoraFuncError(
+            f"active= was given, and the adapter acts on the parameters {listing(parameters)}, "
+            "which see no tokens: leave them out of the targets"
+        )

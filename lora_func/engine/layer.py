@@ -36,14 +36,18 @@ class AdaptedLayer(StandIn, Holder):
         self.__dict__["_ran"] = self.__dict__["_read"] = False
         self.__dict__["_repeats"] = {}  # rows for each example that are admitted (see binding)
 
-    def settle(self, call: bool) -> None:
-        """Reads the layer, once the view is complete. `call`: the view is for one call only."""
+    def settle(self, call: bool, active: Tensor | None) -> None:
+        """Reads the layer, once the view is complete.
+
+        `call`: the view is for one call only. `active`: on which tokens the adapter acts.
+        """
         trains = torch.is_grad_enabled() and any(
             leaf.requires_grad for leaf in self.leaves().values()
         )
         layer: Any = self._modules["layer"]
         self.__dict__["training"] = layer.training
         self.__dict__["_weight"] = weight_of(layer, self._site.base.transposed)
+        self.__dict__["_active"] = active
         self.__dict__["_expects_grad"] = call and trains
         self.__dict__["_kept"] = Kept(self.prepared_ahead(), None) if call else None
 
@@ -62,9 +66,11 @@ class AdaptedLayer(StandIn, Holder):
             self.__dict__["_ran"] = True
         p = self.entries(x.dtype)
         x = self.admit(x, p)
+        active = None if self._active is None else self.acting(x)
         z = x
         if overrides(variant, "transform_input"):
             z = each(variant.transform_input, (x,), p)
+            z = z if active is None else torch.where(active, z, x)
         base_out = self.layer(z, *args, **kwargs)
         if not overrides(variant, "apply"):
             return base_out
@@ -72,7 +78,8 @@ class AdaptedLayer(StandIn, Holder):
             p = self.entries(torch.promote_types(x.dtype, base_out.dtype))
         if self._site.dropout and self.training:
             x = F.dropout(x, self._site.dropout)
-        return each(lambda x, y, p: variant.apply(x, y, weight, p), (x, base_out), p)
+        out = each(lambda x, y, p: variant.apply(x, y, weight, p), (x, base_out), p)
+        return out if active is None else torch.where(active, out, base_out)
 
     @property
     def stored(self) -> Tensor | None:
@@ -98,6 +105,19 @@ class AdaptedLayer(StandIn, Holder):
             if x.dim() < 2 or not (x.shape[0] == n or self.generates(x.shape[0], n)):
                 raise LoraFuncError(misplaced(path, tuple(x.shape), n))
         return x
+
+    def acting(self, x: Tensor) -> Tensor:
+        """On which rows of x the adapter acts, `[.., 1]`.
+
+        Raises LoraFuncError if `active` does not tell.
+        """
+        if x.shape[:-1] != self._active.shape:
+            raise LoraFuncError(
+                f"active has shape {tuple(self._active.shape)}, and {self._site.path!r} sees an "
+                f"input of shape {tuple(x.shape)}: give one bool for each of its tokens, "
+                f"{tuple(x.shape[:-1])}, or leave the layer out of the targets"
+            )
+        return self._active.to(x.device)[..., None]
 
     def generates(self, rows: int, n: int) -> bool:
         """Whether `generate` runs, which repeats each of n prompts, and these are its rows."""

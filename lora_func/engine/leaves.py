@@ -114,11 +114,6 @@ def add_shared(
     leaves.sharing.update(owner.values())
 
 
-def looks_at_data(variant: Variant) -> bool:
-    """Whether the init of a variant takes stats."""
-    return variant.statistic is not None or variant.card.data != "none"
-
-
 def check_stats(found: Sequence[Found], stats: Mapping[str, Any] | None) -> None:
     """Raises LoraFuncError unless `stats` has, for each layer, what its variant looks at."""
     if stats is None:
@@ -130,7 +125,7 @@ def check_stats(found: Sequence[Found], stats: Mapping[str, Any] | None) -> None
     looking = [
         site
         for site in found
-        if looks_at_data(site.variant) and not isinstance(site.weight, ParameterWeight)
+        if site.variant.looks_at_data and not isinstance(site.weight, ParameterWeight)
     ]
     if not looking:
         raise LoraFuncError(f"stats= was given, but {kinds(found)} looks at no data: leave it out")

@@ -6,7 +6,9 @@ import contextlib
 import os
 import secrets
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ..errors import LoraFuncError
 
@@ -29,8 +31,8 @@ def writable(path: str | os.PathLike[str]) -> Path:
     return real
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes beside `path` and renames.
+def replace_file(path: Path, parts: Iterable[Any]) -> None:
+    """Writes the parts, which are buffers, beside `path` and renames.
 
     The new file has the mode of the old one, otherwise what the umask leaves. A process that is
     killed can leave its temporary file behind, under a hidden name that ends in .tmp.
@@ -41,7 +43,8 @@ def replace_file(path: Path, content: bytes) -> None:
         with open(temporary, "xb") as file:
             if path.exists():
                 shutil.copymode(path, temporary)  # before there is anything to read in it
-            file.write(content)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

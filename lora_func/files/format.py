@@ -5,7 +5,8 @@ under the key "lora_func":
 
     format     the version of this layout
     library    the version of lora_func that wrote it
-    variants   [[name, {field: value}], ..], each distinct variant once
+    variants   [[name, {field: value}], ..], each distinct variant once; the value of the field
+               "links" of a chain is such a list itself
     targets    {path: [index into variants, d_out, d_in, fingerprint or null]}, with the axes of
                the leaves' own matrices: [.., experts, d_out, d_in, ..] for a stack
     parameters {path: [path of the parameter, whether it is held as [.., d_in, d_out]]} of those
@@ -25,11 +26,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
@@ -40,6 +45,7 @@ from ..variant import Variant
 
 FORMAT = 1
 KEY = "lora_func"
+CHUNK = 1 << 24  # bytes that are read at once
 
 
 class Manifest(NamedTuple):
@@ -53,15 +59,31 @@ class Manifest(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def parse(content: bytes, catalogue: Mapping[str, type[Variant]]) -> Manifest:
-    """The manifest of a file. Raises LoraFuncError for a truncated, altered or foreign one."""
-    try:
-        tensors = safetensors.load(content)
-        metadata = split(content)[0].get("__metadata__") or {}
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise LoraFuncError(
-            f"not a whole safetensors file, so it was truncated or altered ({error})"
-        ) from error
+def parse(path: Path, catalogue: Mapping[str, type[Variant]]) -> Manifest:
+    """The manifest of a file. Raises LoraFuncError for a truncated, altered or foreign one.
+
+    Its tensors are mapped from the file, and not in memory: copy what is to stay.
+    """
+    with open(path, "rb") as file:
+        try:
+            tensors, header = safetensors.load_file(path), header_of(file)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise LoraFuncError(
+                f"not a whole safetensors file, so it was truncated or altered ({error})"
+            ) from error
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return parse(path, catalogue)  # `save` has replaced it, between opening and mapping
+        return checked(header, tensors, iter(lambda: file.read(CHUNK), b""), catalogue)
+
+
+def checked(
+    header: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    chunks: Iterable[bytes],
+    catalogue: Mapping[str, type[Variant]],
+) -> Manifest:
+    """The manifest in the header of a file, whose data is `chunks`."""
+    metadata = header.get("__metadata__") or {}
     if KEY not in metadata:
         raise LoraFuncError("a safetensors file, but not one that lora_func.save wrote")
     try:
@@ -71,7 +93,7 @@ def parse(content: bytes, catalogue: Mapping[str, type[Variant]]) -> Manifest:
                 f"the file has format {meta['format']!r}, and this lora_func reads {FORMAT}; "
                 "install a newer one"
             )
-        if meta.pop("digest") != digest(meta, content):
+        if meta.pop("digest") != digest(meta, header, chunks):
             raise LoraFuncError(
                 "the file was altered after it was saved: its digest is not that of its content"
             )
@@ -104,19 +126,50 @@ def parse(content: bytes, catalogue: Mapping[str, type[Variant]]) -> Manifest:
     return Manifest(variants, base, constants, rebuilt, dropout, tensors)
 
 
-def serialize(meta: dict[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
-    """The content of a file, with its digest."""
-    # Clones, because the format refuses tensors that share memory.
-    own = {key: leaf.detach().cpu().contiguous().clone() for key, leaf in tensors.items()}
-    meta = {**meta, "digest": digest(meta, safetensors.save(own))}
-    return safetensors.save(own, {KEY: json.dumps(meta)})
+def header_of(file: BinaryIO) -> dict[str, Any]:
+    """The header of a safetensors file: 8 bytes of little-endian length, the header, the data."""
+    return json.loads(file.read(int.from_bytes(file.read(8), "little")))
+
+
+def serialize(meta: dict[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Any]:
+    """The content of a file with its digest, in parts, of which one tensor at most is a copy."""
+    header, end = {}, 0
+    names = {dtype: dtype_name(dtype) for dtype in {leaf.dtype for leaf in tensors.values()}}
+    largest_first = sorted(tensors, key=lambda key: -tensors[key].element_size())  # so all align
+    for key in largest_first:
+        leaf, start = tensors[key], end
+        end += leaf.numel() * leaf.element_size()
+        place = {"shape": list(leaf.shape), "data_offsets": [start, end]}
+        header[key] = {"dtype": names[leaf.dtype], **place}
+    meta = {**meta, "digest": digest(meta, header, (raw(tensors[key]) for key in header))}
+    text = json.dumps({"__metadata__": {KEY: json.dumps(meta)}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for key in header:
+        yield raw(tensors[key])
+
+
+def raw(leaf: Tensor) -> Any:
+    """The bytes of a tensor, as a buffer."""
+    return leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in safetensors."""
+    content = safetensors.save({"": torch.empty(0, dtype=dtype)})
+    return header_of(io.BytesIO(content))[""]["dtype"]
 
 
 def plain_fields(variant: Variant) -> dict[str, Any]:
-    """The hyperparameters as JSON values. Raises LoraFuncError for a field that is none."""
+    """The hyperparameters as JSON values. Raises LoraFuncError for a field that is none.
+
+    The links of a chain become [[name, {field: value}], ..].
+    """
     fields = {field.name: getattr(variant, field.name) for field in dataclasses.fields(variant)}
     for name, value in fields.items():
-        if not is_plain(value):
+        if isinstance(value, tuple) and all(isinstance(link, Variant) for link in value):
+            fields[name] = [[link.name(), plain_fields(link)] for link in value]
+        elif not is_plain(value):
             raise LoraFuncError(
                 f"{variant}: a file can store numbers, strings, booleans and None, but {name} is "
                 f"{value!r}"
@@ -145,7 +198,8 @@ def make_variant(
     given = {}
     for old, value in fields.items():
         field = kind.renamed.get(old, old)
-        if not is_plain(value):
+        links = isinstance(value, list)
+        if not links and not is_plain(value):
             raise LoraFuncError(
                 f"field {old!r} of {name!r} is not a number, a string, a boolean or None"
             )
@@ -154,24 +208,14 @@ def make_variant(
                 f"unknown field {old!r} of {name!r}.{near_misses(old, known)} The known ones are "
                 f"{listing(known, limit=50)}"
             )
-        given[field] = value
+        given[field] = tuple(make_variant(n, f, catalogue) for n, f in value) if links else value
     return kind(**given)
 
 
-def split(content: bytes) -> tuple[dict[str, Any], memoryview]:
-    """The JSON header and the data of a safetensors file.
-
-    Its format: 8 bytes of little-endian length, the header, the data.
-    """
-    length = int.from_bytes(content[:8], "little")
-    return json.loads(content[8 : 8 + length]), memoryview(content)[8 + length :]
-
-
-def digest(meta: Mapping[str, Any], content: bytes) -> str:
+def digest(meta: Mapping[str, Any], header: Mapping[str, Any], chunks: Iterable[Any]) -> str:
     """SHA-256 of our metadata, of the tensors' names, types and places, and of their bytes."""
-    tensors, data = split(content)
-    tensors.pop("__metadata__", None)
-    described = json.dumps([meta, tensors], sort_keys=True)
-    total = hashlib.sha256(described.encode())
-    total.update(data)
+    places = {key: place for key, place in header.items() if key != "__metadata__"}
+    total = hashlib.sha256(json.dumps([meta, places], sort_keys=True).encode())
+    for chunk in chunks:
+        total.update(chunk)
     return total.hexdigest()

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..chain import Chain
 from ..engine import stack
 from ..engine.adapter import Adapter
 from ..engine.keys import by_path, flat_key, key_mismatch
@@ -57,14 +58,20 @@ def load(
     path = Path(path)
     if path.is_dir() and (path / transformers.WEIGHTS).is_file():
         path = path / transformers.WEIGHTS
-    if path.is_dir():
+    of_peft = (path if path.is_dir() else path.parent) / "adapter_config.json"
+    if path.is_dir() and not of_peft.is_file():
         raise LoraFuncError(f"{str(path)!r} is a folder; give the path of a file in it")
+    if path.is_dir() or (of_peft.is_file() and path.name == "adapter_model.safetensors"):
+        raise LoraFuncError(
+            f"{str(of_peft.parent)!r} is a folder of PEFT's: lora_func.interop.peft.load(folder, "
+            "model) reads it"
+        )
     if not path.is_file():
         raise LoraFuncError(f"there is no file {str(path)!r}")
-    catalogue = {**VARIANTS, **{kind.name(): kind for kind in variants}}
+    catalogue = {**VARIANTS, Chain.name(): Chain, **{kind.name(): kind for kind in variants}}
     try:
         with torch.inference_mode(False):  # see adapt
-            manifest = parse(path.read_bytes(), catalogue)
+            manifest = parse(path, catalogue)
             plan = build(manifest, model)
             compare_fingerprints(manifest.base, plan.base, check_base)
             return place(manifest, plan, model)

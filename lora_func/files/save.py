@@ -27,7 +27,9 @@ def save(
 ) -> None:
     """Writes `adapter` with `params` to one file.
 
-    An older file is replaced only when the new one is whole; the new one gets its mode.
+    An older file is replaced only when the new one is whole; the new one gets its mode. A file may
+    have any size: tensors are written one by one, and read by `load` in the same way, so neither
+    takes memory beyond the parameters themselves. There are no shards.
 
     Args:
         path: of the file. Its folder must exist.
@@ -67,8 +69,8 @@ def save(
         "rebuilt": rebuilt,
     }
     stored = {**params, **adapter.frozen}
-    content = serialize(meta, {key: stored[key] for key in stored if key not in rebuilt})
-    replace_file(real, content)
+    kept = {key: stored[key] for key in stored if key not in rebuilt}
+    replace_file(real, serialize(meta, kept))
 
 
 def rebuildable(adapter: Adapter) -> list[str]:

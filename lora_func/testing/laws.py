@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine.adapt import adapt
-from ..engine.leaves import looks_at_data
 from ..engine.targets import Targets
 from ..files.load import load
 from ..files.save import save
@@ -33,13 +32,14 @@ def rounding_at_init(variant: Variant, dtype: torch.dtype) -> float:
 
 
 def has_closed_form(variant: Variant) -> bool:
-    """Whether the variant has a `merged` of its own."""
-    return type(variant).merged is not Variant.merged
+    """Whether the variant has a `merged` of its own, or each link of a chain."""
+    return all(type(part).merged is not Variant.merged for part in variant.parts())
 
 
 def has_factors(variant: Variant) -> bool:
-    """Whether the variant has `factors` of its own, beside `merged`."""
-    return has_closed_form(variant) and type(variant).factors is not Variant.factors
+    """Whether the variant has `factors` of its own, beside `merged`, or each link of a chain."""
+    own = all(type(part).factors is not Variant.factors for part in variant.parts())
+    return has_closed_form(variant) and own
 
 
 def closed_forms(variant: Variant, weight: Weight, params: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -413,7 +413,7 @@ def file_round_trip(layer: Layer) -> None:
         linear.bias.data.copy_(layer.weight.bias)
     model = nn.Sequential(linear)
     everywhere, kind = Targets(roles=()), type(layer.variant)
-    stats = {"0": layer.stats} if looks_at_data(layer.variant) and layer.stats is not None else None
+    stats = {"0": layer.stats} if layer.variant.looks_at_data and layer.stats is not None else None
     adapter, params = adapt(model, layer.variant, targets=everywhere, stats=stats)
     for key, name in itertools.product(list(params), layer.names):
         if key.rpartition("lora_")[2] == name and params[key].shape == layer.trained[name].shape:

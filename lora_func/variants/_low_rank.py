@@ -44,15 +44,20 @@ class Product(Factored):
 
     def prepare(self, weight, params, dtype):
         A, B = self.pair(params)
-        return {"A": A.to(dtype), "B": B.to(dtype)}
+        return {"A": A.to(dtype), "B": times(self.scale, B).to(dtype)}
 
     def apply(self, x, base_out, weight, params):
         p = self.prepared(weight, params, x.dtype)
-        return low_rank_update(base_out, x, p["A"], p["B"], self.scale)
+        return low_rank_update(base_out, x, p["A"], p["B"])
 
     def factors(self, weight, params):
         A, B = (at_least_float32(factor) for factor in self.pair(params))
         return A, self.scale * B
+
+
+def times(s: float, B: Tensor) -> Tensor:
+    """`s B`, without a kernel for s = 1."""
+    return B if s == 1 else s * B
 
 
 def scale_of(alpha: float, r: int, rslora: bool) -> float:

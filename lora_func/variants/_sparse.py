@@ -25,14 +25,19 @@ def distinct(n: int, total: int, generator: torch.Generator | None) -> Tensor:
     return found[kept].sort().values
 
 
+def largest(M: Tensor, n: int) -> Tensor:
+    """The positions of the n entries of M that are largest by magnitude, ascending."""
+    return M.abs().flatten().topk(n).indices.sort().values
+
+
 def scattered(v: Tensor, rows: Tensor, cols: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A dense matrix S of `shape` with `S[rows, cols] = v`, and zero elsewhere; each `[n]`."""
     return v.new_zeros(shape).index_put((rows, cols), v)
 
 
-def same(S: Tensor) -> Tensor:
-    """S."""
-    return S
+def entries(M: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """`M[rows, cols]`, the adjoint of `scattered`."""
+    return M[rows, cols]
 
 
 def sparse_product(
@@ -42,16 +47,17 @@ def sparse_product(
     cols: Tensor,
     shape: tuple[int, ...],
     *,
-    through: Callable[[Tensor], Tensor] = same,
+    make: Callable[..., Tensor] = scattered,
+    adjoint: Callable[..., Tensor] = entries,
 ) -> Tensor:
-    """`x Mᵀ` for M = `through(scattered(v, rows, cols, shape))` and `x [.., d_in]`.
+    """`x Mᵀ` for M = `make(v, rows, cols, shape)` and `x [.., d_in]`.
 
-    `through` is linear and its own adjoint. Keeps its arguments for backward, and makes M anew
-    there.
+    `make` is linear in v, with the `adjoint(M, rows, cols)`. Keeps its arguments for backward, and
+    makes M anew there.
     """
     if torch.compiler.is_compiling():  # which traces no jvp, and itself chooses what to keep
-        return F.linear(x, through(scattered(v, rows, cols, shape)).to(x.dtype))
-    return SparseProduct.apply(x, v, rows, cols, shape[0], through)
+        return F.linear(x, make(v, rows, cols, shape).to(x.dtype))
+    return SparseProduct.apply(x, v, rows, cols, shape, make, adjoint)
 
 
 class SparseProduct(torch.autograd.Function):
@@ -60,26 +66,24 @@ class SparseProduct(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, v, rows, cols, d_out, through):  # pyright: ignore  # noqa: PLR0917
-        M = through(scattered(v, rows, cols, (d_out, x.shape[-1])))
-        return F.linear(x, M.to(x.dtype))
+    def forward(x, v, rows, cols, shape, make, adjoint):  # pyright: ignore  # noqa: PLR0917
+        return F.linear(x, make(v, rows, cols, shape).to(x.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
-        *tensors, d_out, ctx.through = inputs
-        ctx.shape = d_out, tensors[0].shape[-1]
+        *tensors, ctx.shape, ctx.make, ctx.adjoint = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad):  # pyright: ignore
-        x, v, rows, cols = ctx.saved_tensors
-        dx = grad @ ctx.through(scattered(v, rows, cols, ctx.shape)).to(x.dtype)
+        x, v, *at = ctx.saved_tensors
+        dx = grad @ ctx.make(v, *at, ctx.shape).to(x.dtype)
         dM = grad.reshape(-1, grad.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
-        return dx, ctx.through(dM.to(v.dtype))[rows, cols], None, None, None, None
+        return dx, ctx.adjoint(dM.to(v.dtype), *at), None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx, dv, *_):  # pyright: ignore
-        x, v, rows, cols = ctx.saved_tensors
-        M, dM = (ctx.through(scattered(t, rows, cols, ctx.shape)).to(x.dtype) for t in (v, dv))
+        x, v, *at = ctx.saved_tensors
+        M, dM = (ctx.make(t, *at, ctx.shape).to(x.dtype) for t in (v, dv))
         return F.linear(dx, M) + F.linear(x, dM)

@@ -86,7 +86,7 @@ class DoRA(LowRank):
 
     def prepare(self, weight, params, dtype):
         rho = self.gain(weight, params)
-        B = rho[:, None] * params["B"]
+        B = (self.scale * rho)[:, None] * params["B"]
         p = {"A": params["A"].to(dtype), "B": B.to(dtype), "gain": (rho - 1).to(dtype)}
         return p if weight.bias is None else {**p, "b": weight.bias.to(dtype)}
 
@@ -94,7 +94,7 @@ class DoRA(LowRank):
         p = self.prepared(weight, params, x.dtype)
         y = base_out - p["b"].to(base_out.dtype) if "b" in p else base_out
         scaled = torch.addcmul(base_out, y, p["gain"].to(base_out.dtype))
-        return low_rank_update(scaled, x, p["A"], p["B"], self.scale)
+        return low_rank_update(scaled, x, p["A"], p["B"])
 
     def merged(self, weight, params):
         # ρ (W + s B A)

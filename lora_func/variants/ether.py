@@ -59,11 +59,12 @@ class ETHER(Factored):
         return Params({"u": kaiming(self.n, d_in // self.n, generator)})
 
     def prepare(self, weight, params, dtype):
-        return {"A": normals(params["u"]).to(dtype)}
+        A = normals(params["u"])
+        return {"A": A.to(dtype), "B": (-2 * A.mT).to(dtype)}
 
     def transform_input(self, x, params):
         p = self.prepared(None, params, x.dtype)
-        return low_rank_update(x, x, p["A"], p["A"].mT, -2.0)
+        return low_rank_update(x, x, p["A"], p["B"])
 
     def factors(self, weight, params):
         # W_eff = W H = W - 2 (W Aᵀ) A

@@ -9,7 +9,8 @@ c: another start, such as PEFT's N(0, 1), has the same gradient and adds noise t
 alpha are PEFT's by default; the paper has alpha = 300. PEFT draws the frequencies of each layer
 from one seed, 777: those of its files come in as the leaves rows and cols.
 
-ΔW is made anew by one FFT in float32 for each product, in forward and in backward, and not kept.
+ΔW is made anew by one FFT in float32 for each product, in forward and in backward, and not kept. It
+is real, so half of the spectrum is enough: a wave of the other half is one of this half, mirrored.
 As a product of cosines, of rank 2n, it would cost 2n (d_in + d_out) for each token: for n = 1000
 more than d_in d_out up to d = 4000, and the cosines would be kept. A token that is decoded alone
 pays for the FFT: merge the adapter to decode with it.
@@ -26,12 +27,25 @@ from ..checks import check_positive, check_rank
 from ..errors import LoraFuncError
 from ..linalg import at_least_float32
 from ..variant import Params, Variant
-from ._sparse import distinct, scattered, sparse_product
+from ._sparse import distinct, sparse_product
 
 
-def waves(S):
-    """`Re DFT₂(S)`, `[.., o, i]`: the sum of S[u, v] cos(2π (u j / o + v k / i)) at j, k."""
-    return torch.fft.fft2(S).real
+def waves(h, rows, cols, shape):
+    """`[o, i]`, the transform of a half spectrum with the entries h `[n]`, for cols <= i / 2.
+
+    At j, k it is the sum of h_t cos(2π (cols_t k / i - rows_t j / o)), each counted twice for the
+    other half, but for cols of 0 and i / 2.
+    """
+    o, i = shape
+    # Waves of the two halves may meet at one frequency.
+    S = h.new_zeros(o, i // 2 + 1).index_put((rows, cols), h, accumulate=True)
+    return torch.fft.irfft(torch.fft.fft(S, dim=-2), n=i, norm="forward")
+
+
+def amplitudes(M, rows, cols):
+    """The adjoint of `waves`."""
+    h = torch.fft.rfft2(M)[-rows, cols].real
+    return torch.where(2 * cols % M.shape[-1] == 0, h, 2 * h)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,17 +90,23 @@ class FourierFT(Variant):
         return Params({"c": torch.empty(self.n)}, frozen={"rows": at, "cols": at})
 
     def prepare(self, weight, params, dtype):
-        c = params["c"].to(torch.promote_types(dtype, torch.float32))
         d_out, d_in = weight.shape
-        return {**params, "c": self.alpha / (d_out * d_in) * c}
+        c = self.alpha / (d_out * d_in) * params["c"].to(torch.promote_types(dtype, torch.float32))
+        rows, cols = params["rows"], params["cols"]
+        other = 2 * cols > d_in
+        return {
+            "h": torch.where(2 * cols % d_in == 0, c, c / 2),
+            "rows": torch.where(other, rows, -rows),
+            "cols": torch.where(other, d_in - cols, cols),
+        }
 
     def apply(self, x, base_out, weight, params):
         p, x = self.prepared(weight, params, base_out.dtype), x.to(base_out.dtype)
-        delta = sparse_product(x, p["c"], p["rows"], p["cols"], weight.shape, through=waves)
-        return base_out + delta
+        at = p["rows"], p["cols"], weight.shape
+        return base_out + sparse_product(x, p["h"], *at, make=waves, adjoint=amplitudes)
 
     def merged(self, weight, params):
         # W + ΔW
         W = at_least_float32(weight.dense())
         p = self.prepare(weight, params, W.dtype)
-        return W + waves(scattered(p["c"], p["rows"], p["cols"], W.shape)), weight.bias
+        return W + waves(p["h"], p["rows"], p["cols"], W.shape), weight.bias

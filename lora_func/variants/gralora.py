@@ -8,9 +8,9 @@ x_n and out_j are the k parts of the input and the output, so k divides d_in, d_
 is k = 1, and an update of rank k r. `hybrid_r` adds a plain LoRA of that rank. A is Kaiming-uniform
 and B zero, so the output at init is the base output to the bit. r, alpha and k are PEFT's defaults.
 
-The blocks are computed as one low-rank product, with zeros between them. Its rank is k r, as many
-as the blocks have hidden numbers, and its products cost k times those of the blocks. In return, no
-part is copied into place.
+Each token passes two stacks of k small products, as many operations as in a LoRA of rank r. Between
+them, the hidden numbers of a part of the input go to the parts of the output. `factors` has the
+blocks as one low-rank product, of rank k r, with zeros between them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import torch
 from ..card import Card, Peft
 from ..checks import check_positive, check_rank
 from ..errors import LoraFuncError
-from ..linalg import kaiming
+from ..linalg import kaiming, low_rank_update
 from ..variant import Params
 from ._blocks import check_divides
-from ._low_rank import Product
+from ._low_rank import Product, times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,19 @@ class GraLoRA(Product):
             leaves["A_h"] = kaiming(self.hybrid_r, d_in, generator)
             leaves["B_h"] = torch.zeros(d_out, self.hybrid_r, dtype=torch.float32)
         return Params(leaves)
+
+    def prepare(self, weight, params, dtype):
+        scaled = {n: times(self.scale, leaf) for n, leaf in params.items() if n[0] == "B"}
+        return {name: leaf.to(dtype) for name, leaf in {**params, **scaled}.items()}
+
+    def apply(self, x, base_out, weight, params):
+        p, parts = self.prepared(weight, params, x.dtype), (self.k, -1)
+        h = torch.einsum("...ni,nir->...nr", x.unflatten(-1, parts), p["A"].to(x.dtype))
+        h = h.unflatten(-1, parts).transpose(-3, -2).flatten(-2)  # [.., j, r]
+        delta = torch.einsum("...jr,jro->...jo", h, p["B"].to(x.dtype)).to(base_out.dtype)
+        # The sum is laid out as the output, but the product as a stack: to flatten it would copy.
+        out = (base_out.unflatten(-1, parts) + delta).flatten(-2)
+        return low_rank_update(out, x, p["A_h"], p["B_h"]) if self.hybrid_r else out
 
     def pair(self, params):
         A, B, k = params["A"], params["B"], self.k

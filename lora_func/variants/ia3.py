@@ -17,6 +17,7 @@ import torch
 from ..card import Card, Peft
 from ..linalg import at_least_float32
 from ..variant import Params, Variant
+from ._gate import gated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class IA3(Variant):
         return {"d": params["d"].to(dtype)}
 
     def apply(self, x, base_out, weight, params):
-        return torch.addcmul(base_out, base_out, params["d"].to(base_out.dtype))
+        return gated(base_out, params["d"].to(base_out.dtype))
 
     def merged(self, weight, params):
         # (1 + d) W, (1 + d) b

@@ -16,6 +16,7 @@ import torch
 from ..card import TARGETS, Card, Peft
 from ..linalg import at_least_float32
 from ..variant import Params, Variant
+from ._gate import gated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class IA3FF(Variant):
         return {"d": params["d"].to(dtype)}
 
     def transform_input(self, x, params):
-        return torch.addcmul(x, x, params["d"].to(x.dtype))
+        return gated(x, params["d"].to(x.dtype))
 
     def merged(self, weight, params):
         # W (1 + d)

@@ -24,7 +24,7 @@ from ..card import Card, Peft
 from ..checks import check_choice
 from ..linalg import at_least_float32, kaiming, low_rank_update, normal
 from ..variant import Params
-from ._low_rank import TwoFactors
+from ._low_rank import TwoFactors, times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +68,14 @@ class LoRA(TwoFactors):
         return Params(leaves)
 
     def prepare(self, weight, params, dtype):
-        return {name: leaf.to(dtype) for name, leaf in params.items()}
+        scaled = {
+            name: leaf if name == "A" else times(self.scale, leaf) for name, leaf in params.items()
+        }
+        return {name: leaf.to(dtype) for name, leaf in scaled.items()}
 
     def apply(self, x, base_out, weight, params):
         p = self.prepared(weight, params, x.dtype)
-        return low_rank_update(base_out, x, p["A"], p["B"], self.scale, bias=p.get("b"))
+        return low_rank_update(base_out, x, p["A"], p["B"], bias=p.get("b"))
 
     def factors(self, weight, params):  # pyright: ignore  (None with a bias)
         return None if self.add_bias else super().factors(weight, params)

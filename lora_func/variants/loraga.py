@@ -89,7 +89,7 @@ class LoRAGA(Anchored):
         check_fits(self, weight.shape, limit=min(weight.shape) // 2)
         niter = self.niter if self.svd == "randomized" else None
         U, S, V = top_svd(stats, 2 * self.r, niter, generator)
-        a, b = self.parts(generator)
+        a, b = self.triplets(generator)
         A0, B0, largest = V[a], U[:, b] * S[b], S[b][0]
         if self.start_scale == "stable":
             B0 = B0 * (weight.shape[0] ** 0.25 / self.gamma**0.5)
@@ -100,7 +100,7 @@ class LoRAGA(Anchored):
             A0, B0 = A0 / self.scale, B0 / self.scale
         return A0.clone(), B0
 
-    def parts(self, generator: torch.Generator | None) -> tuple[Any, Any]:
+    def triplets(self, generator: torch.Generator | None) -> tuple[Any, Any]:
         """a and b: which of the 2r triplets are those of A0, and which those of B0."""
         first, second = slice(0, self.r), slice(self.r, 2 * self.r)
         if self.direction == "random":

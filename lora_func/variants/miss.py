@@ -67,12 +67,13 @@ class MiSS(Factored):
         return Params({"D": torch.zeros(self.r, self.columns(d_out), dtype=torch.float32)})
 
     def prepare(self, weight, params, dtype):
-        D = params["D"]
-        return {"D": D.repeat(1, weight.shape[0] // D.shape[-1]).to(dtype)}
+        D, times = params["D"].to(dtype), weight.shape[0] // params["D"].shape[-1]
+        return {"D": D if times == 1 else D.repeat(1, times)}
 
     def apply(self, x, base_out, weight, params):
         p = self.prepared(weight, params, x.dtype)
-        shards = F.pad(x, (0, -x.shape[-1] % self.r)).unflatten(-1, (-1, self.r))
+        missing = -x.shape[-1] % self.r
+        shards = (F.pad(x, (0, missing)) if missing else x).unflatten(-1, (-1, self.r))
         return base_out + (shards.sum(-2) @ p["D"].to(x.dtype)).to(base_out.dtype)
 
     def factors(self, weight, params):

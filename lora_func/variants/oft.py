@@ -78,26 +78,26 @@ class OFT(Variant):
         Q = skew(at_least_float32(v), self.block_size)
         if self.terms is None:
             return cayley_minus_identity(Q)
-        power = series = Q  # 2Q + 2Q² + .. + 2Q^(k-2) + Q^(k-1)
-        for _ in range(self.terms - 3):
-            power = power @ Q
-            series = series + power
-        return 2 * series + power @ Q
+        series, double = Q, 2 * Q  # 2Q + 2Q² + .. + 2Q^(k-2) + Q^(k-1), by Horner's rule
+        for _ in range(self.terms - 2):
+            series = torch.baddbmm(double, Q, series)
+        return series
 
     def prepare(self, weight, params, dtype):
         return {"R - I": self.turn(params["v"]).to(dtype)}
 
     def turned(self, x, turn):
-        """x (R - I)"""
+        """x + x (R - I)"""
         blocks = x.unflatten(-1, (-1, self.block_size))
         turn = turn.expand(blocks.shape[-2], -1, -1)
-        return torch.einsum("...nk,nkl->...nl", blocks, turn).flatten(-2)
+        # The sum is laid out as x, but the product as a stack of blocks: to flatten it would copy.
+        return (blocks + torch.einsum("...nk,nkl->...nl", blocks, turn).to(x.dtype)).flatten(-2)
 
     def transform_input(self, x, params):
         p = self.prepared(None, params, x.dtype)
-        return x + self.turned(x, p["R - I"].to(x.dtype)).to(x.dtype)
+        return self.turned(x, p["R - I"].to(x.dtype))
 
     def merged(self, weight, params):
         # W Rᵀ
         W = at_least_float32(weight.dense())
-        return W + self.turned(W, self.turn(params["v"]).mT.to(W.dtype)), weight.bias
+        return self.turned(W, self.turn(params["v"]).mT.to(W.dtype)), weight.bias

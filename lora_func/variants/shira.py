@@ -1,12 +1,14 @@
-"""SHiRA: a sparse update at fixed random positions. Bhardwaj et al. 2024, arXiv 2406.13175.
+"""SHiRA: a sparse update at fixed positions. Bhardwaj et al. 2024, arXiv 2406.13175.
 
     out = base_out + x ΔWᵀ,    ΔW[rows, cols] = v, and zero elsewhere
 
 rows and cols [n] are n = r (d_in + d_out) different positions, as many numbers as a LoRA of rank r
-has, drawn once; the rank of ΔW is not limited. v is zero at init, so the output is the base output
-to the bit. The paper compares five masks (structured, random, by magnitude, by gradient, by both);
-PEFT and this file have the random one. r = 32 is PEFT's default, and the learning rate that of its
-comparison of methods. Nothing of the weight is read.
+has, chosen once; the rank of ΔW is not limited. v is zero at init, so the output is the base output
+to the bit. Of the paper's five masks this file has three: random positions, as in PEFT; those of
+the largest |W|; those of the largest |gradient| of W, summed over a few batches. The last is also
+how RoSA (Nikdan et al. 2024, arXiv 2401.04679) chooses, whose other half is a LoRA:
+`Chain(LoRA(), SHiRA(mask="gradient"))`. r = 32 is PEFT's default, and the learning rate that of its
+comparison of methods.
 
 ΔW is made anew for each product, in forward and in backward, and not kept. (A sum over the n
 positions would keep [tokens, n].) So each token that is decoded alone pays for making it: merge the
@@ -19,11 +21,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..card import Card, Peft
-from ..checks import check_fits, check_rank
+from ..card import Card, Peft, amend_card
+from ..checks import check_choice, check_fits, check_rank, needs_data
 from ..linalg import at_least_float32
+from ..statistics import OutputGradients
 from ..variant import Params, Variant
-from ._sparse import distinct, scattered, sparse_product
+from ._sparse import distinct, largest, scattered, sparse_product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,7 @@ class SHiRA(Variant):
     """
 
     card = Card(
-        title="A sparse update at fixed random positions",
+        title="A sparse update at fixed positions",
         authors="Bhardwaj et al. 2024",
         source="2406.13175",
         formula="base_out + x ΔWᵀ, ΔW[rows, cols] = v",
@@ -47,15 +50,34 @@ class SHiRA(Variant):
 
     r: int = 32  # of a LoRA with as many numbers, from 1 to d_out d_in / (d_out + d_in)
 
+    mask: str = "random"  # or "magnitude", "gradient"; the last needs data
+
     def __post_init__(self):
         check_rank(self)
+        check_choice(self, "mask", ("random", "magnitude", "gradient"))
+        if self.mask == "magnitude":
+            amend_card(self, reads="init")
+        elif self.mask == "gradient":
+            amend_card(self, data="required")
+
+    @property
+    def statistic(self):
+        return OutputGradients() if self.mask == "gradient" else None
 
     def init(self, weight, generator, stats=None):
         d_out, d_in = weight.shape
         check_fits(self, weight.shape, limit=d_out * d_in // (d_out + d_in))
-        positions = distinct(self.r * (d_in + d_out), d_out * d_in, generator)
+        n = self.r * (d_in + d_out)
+        if self.mask == "random":
+            positions = distinct(n, d_out * d_in, generator)
+        elif self.mask == "magnitude":
+            positions = largest(weight.dense(), n)
+        elif stats is None:
+            raise needs_data(self, "the gradient on a few batches with labels")
+        else:
+            positions = largest(stats, n)
         rows, cols = (positions // d_in).int(), (positions % d_in).int()
-        v = torch.zeros(len(positions), dtype=torch.float32)
+        v = torch.zeros(n, dtype=torch.float32)
         return Params({"v": v}, frozen={"rows": rows, "cols": cols})
 
     def like(self, weight, leaves):

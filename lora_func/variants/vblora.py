@@ -17,10 +17,9 @@ the logits with ten times the learning rate of the bank.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
-from ..card import Card, Peft
+from ..card import Card, Peft, amend_card
 from ..checks import check_choice, check_rank
 from ..errors import LoraFuncError
 from ..linalg import at_least_float32, low_rank_difference, normal, uniform
@@ -75,7 +74,7 @@ class VBLoRA(Product):
                 "2, or the logits had no gradient, and at most num_vectors"
             )
         if self.start == "peft":
-            object.__setattr__(self, "card", dataclasses.replace(self.card, at_init="moved"))
+            amend_card(self, at_init="moved")
 
     @property
     def lr_scale(self):

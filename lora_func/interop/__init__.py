@@ -1,0 +1,1 @@
+"""The formats of other libraries. The rest of lora_func imports nothing from here."""
