@@ -418,7 +418,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "sweep-configured": lambda: swept("h200", "configured"),
     "sweep-all-linear": lambda: swept("h200", "all-linear"),
     "sweep-rank": lambda: swept("h200", "rank"),
-    "sweep-matched": lambda: swept("h200", "matched"),
     "parity": lambda: parity("cpu"),
     "variants": variants,
     "methods": methods,
