@@ -16,7 +16,6 @@ from .config import allowed
 from .method import Method
 from .methods import METHODS
 
-
 ABSENT = (
     "PEFT does not have it. If its update is low-rank, lf.as_lora(adapter, params) makes a LoRA of "
     "it: save that"
