@@ -240,6 +240,31 @@ def test_refused(name, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [
+        lf.PiSSA(r=2),
+        lf.MiLoRA(r=2),
+        lf.DeLoRA(r=2, start="paper"),
+        lf.VBLoRA(r=2, num_vectors=6, vector_length=4),
+        lf.LoRAXS(r=2),
+        lf.AntiPaSTO(r=3),
+    ],
+    ids=lambda variant: variant.name(),
+)
+def test_as_lora(variant, tmp_path):
+    """What the refusals advise."""
+    model = tiny_llama()
+    adapter, params = lf.adapt(model, variant, targets=EVERY)
+    params = trained(params)
+    plain, factors = lf.as_lora(adapter, params, model=model)
+    config = there(tmp_path / "new", plain, factors, model)
+    assert not config["rank_pattern"]
+    again, loaded = load(tmp_path / "new", model)
+    batch = text_batch()
+    assert_close(logits(again(model, loaded, batch)), logits(adapter(model, params, batch)))
+
+
 def test_population(tmp_path):
     """Each member is a folder of its own."""
     model = tiny_llama()

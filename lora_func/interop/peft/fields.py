@@ -16,6 +16,11 @@ from .config import allowed
 from .method import Method
 from .methods import METHODS
 
+ABSENT = (
+    "PEFT does not have it. If its update is low-rank, lf.as_lora(adapter, params) makes a LoRA of "
+    "it: save that"
+)
+
 
 def method_of(variant: Variant) -> Method:
     """The method of a variant. Raises LoraFuncError if PEFT does not have it."""
@@ -23,8 +28,7 @@ def method_of(variant: Variant) -> Method:
     fitting = next((method for method in own if method.accepts(variant)), None)
     if fitting is not None:
         return fitting
-    why = own[0].refusal if own else "PEFT does not have it. lf.as_lora(adapter, params) makes a "
-    why += "" if own else "LoRA of it, if its update is low-rank: save that"
+    why = own[0].refusal if own else ABSENT
     raise LoraFuncError(f"{variant} cannot be saved for PEFT: {why}")
 
 
