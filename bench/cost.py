@@ -251,7 +251,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30 if cuda else 15)
     parser.add_argument("--in-a-row", type=int, default=4 if cuda else 1, help="steps of a round")
     parser.add_argument("--seconds", type=float, default=3, help="for the rounds of a row")
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", module="peft")
     model, found = stack(options), {}
     rows, begin = [], time.perf_counter()
