@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sweep import report
 from tabulate import tabulate
 
 import lora_func as lf
@@ -336,6 +337,45 @@ def experts_of(name: str) -> str:
     return f"{markdown(rows, [*headers, 'MiB over base'])}\n\n{about} {ran_on}."
 
 
+def swept(kind: str, chosen: str) -> str:
+    """One set of the sweep: what each method learned, forgot and cost."""
+    result, _ = read(f"sweep-{kind}")
+    return report.table(result, chosen, "github")
+
+
+def sweep_about(kind: str) -> str:
+    """How to read these tables, and where they come from."""
+    result, _ = read(f"sweep-{kind}")
+    return f"{report.LEGEND} {report.about(result)}"
+
+
+def sweep_findings(kind: str) -> str:
+    """What the sweep says, and what it cannot."""
+    result, _ = read(f"sweep-{kind}")
+    return "\n".join(f"- {line}" for line in result["findings"])
+
+
+def parity(kind: str) -> str:
+    """Training curves beside PEFT's."""
+    result, ran_on = read(f"parity-{kind}")
+    s = result["settings"]
+    rows = [
+        [
+            row["variant"],
+            f"{row['lr']:g}",
+            f"{row['curves']['peft'][0]:.3f}",
+            f"{min(row['curves']['peft']):.3f}",
+            f"{row['largest difference']:.1e}",
+            f"{row['largest difference of a parameter']:.1e}",
+        ]
+        for row in result["rows"]
+    ]
+    headers = ["", "learning rate", "first loss", "lowest", "largest difference"]
+    table = markdown(rows, [*headers, "of a parameter, at the end"])
+    about = f"{s['model']}, float32, {s['steps']} steps of {s['batch']} problems of GSM8K."
+    return f"{table}\n\n{about} {ran_on}."
+
+
 def cost() -> str:
     """Every variant beside PEFT's, on each device that was measured."""
     return "\n\n".join(cost_of(path.stem) for path in sorted(RESULTS.glob("cost-*.json")))
@@ -360,8 +400,8 @@ def cost_of(name: str) -> str:
     ]
     table = markdown(cells, ["variant", *headers])
     about = (
-        f"{s['blocks']} blocks of {s['hidden']} x {s['hidden']}, {s['hidden']} x {s['width']} and "
-        f"{s['width']} x {s['hidden']}, batch {s['batch']} x {s['tokens']} tokens, {s['dtype']}, "
+        f"{3 * s['blocks']} layers: {s['hidden']} x {s['hidden']}, {s['hidden']} x {s['width']}, "
+        f"{s['width']} x {s['hidden']}; batch {s['batch']} x {s['tokens']} tokens, {s['dtype']}, "
         f"r={s['r']}; times over those of the base; MiB over base: peak of the step."
     )
     failed = [
@@ -373,6 +413,12 @@ def cost_of(name: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "sweep-findings": lambda: sweep_findings("h200"),
+    "sweep-about": lambda: sweep_about("h200"),
+    "sweep-configured": lambda: swept("h200", "configured"),
+    "sweep-all-linear": lambda: swept("h200", "all-linear"),
+    "sweep-rank": lambda: swept("h200", "rank"),
+    "parity": lambda: parity("cpu"),
     "variants": variants,
     "methods": methods,
     "supports": supports,

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .changes import Change, changes_of
 from .engine.adapter import Adapter, check_order
 from .engine.keys import flat_key
-from .engine.leaves import blank
 from .errors import LoraFuncError, listing
 from .variant import Variant
 from .variants import Full, LoRA
@@ -196,17 +195,23 @@ def plain(A: Tensor, B: Tensor, b: Tensor | None) -> Part:
 
 def assembled(parts: Mapping[str, tuple[Change, Part]], dropout: float) -> tuple[Adapter, Leaves]:
     """The adapter that puts each part in the place of its change, and its parameters."""
-    variants = {path: variant for path, (_, (variant, _, _)) in parts.items()}
-    base = {path: change.base for path, (change, _) in parts.items()}
-    params, frozen = {}, {}
-    for path, (_, (_, leaves, constants)) in parts.items():
-        for name, leaf in leaves.items():  # of its own memory, and not that of the given params
-            params[flat_key(path, name)] = leaf.clone(memory_format=torch.contiguous_format)
+    variants, base, shapes, frozen, params = {}, {}, {}, {}, {}
+    for path, (change, (variant, leaves, constants)) in parts.items():
+        variants[path], base[path] = variant, change.base
         frozen |= {flat_key(path, name): leaf for name, leaf in constants.items()}
-    # Without the example axis, which params may have.
-    shapes = {key: leaf.shape for key, leaf in blank(variants, base, params).trainable.items()}
+        for name, leaf in leaves.items():  # of its own memory, and not that of the given params
+            key = flat_key(path, name)
+            params[key] = leaf.clone(memory_format=torch.contiguous_format)
+            shapes[key] = leaf.shape[leaf.dim() - axes_of(change, variant, name) :]
     dtype = next(iter(params.values())).dtype
     return Adapter(variants, shapes, frozen, base, dtype, dropout=dropout), params
+
+
+def axes_of(change: Change, variant: Variant, name: str) -> int:
+    """How many axes a leaf has without that of the examples."""
+    if variant == change.variant and name in change.site.leaves:
+        return change.site.leaves[name][1]
+    return 1 if name in ("b", "d") else len(change.base.shape)
 
 
 def svd_of_product(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

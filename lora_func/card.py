@@ -44,7 +44,9 @@ class Card:
     """Whether `init` uses calibration data: "none", "optional" or "required"."""
     any_shape: bool = False
     """Takes parameters of any shape, such as biases and norms, and not only matrices."""
-    lr: float = 1e-3  # learning rate of AdamW to start from
+    lr: float = 1e-3
+    """A learning rate of AdamW to start from. It comes from the sweep (docs/sweep.md): short runs
+    of a small model. Larger models and longer runs want less."""
     layers: tuple[str, ...] = (r"q_proj$", r"v_proj$")  # regexes of the layers to start with
     settings: Mapping[str, Any] = field(default_factory=dict)  # fields to start with, beside r
     width: int = 1  # r is usually this many times LoRA's rank

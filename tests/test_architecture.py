@@ -147,7 +147,8 @@ def test_foreign_names_have_their_rooms(path):
     assert private_names(path) - ALLOWED == set()
 
 
-PUBLIC = ["lora_func", *(f"lora_func.{n}" for n in ("linalg", "checks", "statistics", "testing"))]
+PUBLIC = ["lora_func", "lora_func.interop.peft"]
+PUBLIC += [f"lora_func.{name}" for name in ("linalg", "checks", "statistics", "testing")]
 
 
 @pytest.mark.parametrize("name", PUBLIC)

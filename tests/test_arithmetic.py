@@ -268,6 +268,8 @@ def test_populations(variant):
     batch = text_batch(3)
     expected = adapter(model, stacked, batch).logits
     torch.testing.assert_close(plain(model, leaves, batch).logits, expected)
+    mapped = torch.vmap(lambda own: lf.as_lora(adapter, own, model=model)[1])(stacked)
+    torch.testing.assert_close(mapped, leaves)
     low, short = lf.as_lora(adapter, stacked, r=1, model=model)
     assert all(leaf.shape == (3, *low.shapes[key]) for key, leaf in short.items())
     mixed = {**params, next(iter(params)): stacked[next(iter(params))]}
@@ -375,6 +377,7 @@ def test_bfloat16():
     """The result is in float32, in which the product is made."""
     model, adapter, params = adapted(lf.PiSSA(r=2), dtype=torch.bfloat16)
     plain, leaves = lf.as_lora(adapter, params)
+    plain.check(leaves, examples=False)
     assert plain.dtype == torch.float32 == leaves[next(iter(leaves))].dtype
     torch.testing.assert_close(lf.merge(plain, model, leaves), lf.merge(adapter, model, params))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,6 +229,16 @@ def test_other_models(tmp_path):
         load(tmp_path, deeper)
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensor")
+def test_torch_attention(tmp_path):
+    """PEFT rewrites its weights before each call, and has keys for its parts."""
+    model = torch.nn.TransformerEncoderLayer(8, 2, 16)
+    theirs = randomized(LoraConfig(r=4, target_modules=["self_attn"]), model)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(lf.LoraFuncError, match="'self_attn' is a MultiheadAttention"):
+        load(tmp_path, model)
+
+
 def test_arguments(tmp_path):
     model = tiny_llama()
     with pytest.raises(lf.LoraFuncError, match="takes a path and a module"):
@@ -249,3 +261,10 @@ def test_another_embedding(tmp_path):
     load(tmp_path, model)
     with pytest.raises(lf.LoraFuncError, match="is another one in this model"):
         load(tmp_path, tiny_llama())
+
+
+def test_needs_no_other_library():
+    """Neither PEFT nor transformers."""
+    code = "import sys; sys.modules.update(peft=None, transformers=None, huggingface_hub=None)\n"
+    code += "from lora_func.interop.peft import load, save"
+    subprocess.run([sys.executable, "-c", code], check=True)

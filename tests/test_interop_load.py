@@ -205,6 +205,10 @@ def test_dropout(tmp_path):
     rewritten(tmp_path / "whole", lora_dropout=0.3)
     with pytest.warns(UserWarning, match="it would also act on 'lm_head'"):
         assert same(model, tmp_path / "whole", theirs).dropout == 0
+    model, _, _ = written("convolutions", tmp_path / "kernels")
+    rewritten(tmp_path / "kernels", lora_dropout=0.3)
+    with pytest.warns(UserWarning, match="does not act on the convolutions 'wide'"):
+        load(tmp_path / "kernels", model)
 
 
 def test_parts_of_the_model(tmp_path):

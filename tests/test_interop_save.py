@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, data_for
 from models import text_batch, tiny_llama, trained
 from peft_folders import (
     LAYERS,
@@ -259,6 +260,13 @@ def test_ranks_that_data_found(tmp_path):
     assert len(set(config["rank_pattern"].values()) | {config["r"]}) > 1
 
 
+def test_what_makes_up_for_quantization(tmp_path):
+    """LoftQ's is a LoRA on the base that it was made for."""
+    model, variant = tiny_llama(), lf.LoftQ(r=2)
+    adapter, params = lf.adapt(model, variant, targets=EVERY, **data_for(variant, model, EVERY))
+    there(tmp_path / "new", adapter, trained(params), model)
+
+
 def test_a_folder_is_replaced(tmp_path):
     """The files are those of the last save that succeeded."""
     model = tiny_llama()
@@ -271,6 +279,34 @@ def test_a_folder_is_replaced(tmp_path):
         save(tmp_path, *lf.adapt(model, lf.PiSSA(r=2)))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert set(before) == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+@pytest.mark.parametrize("alpha", [16.0, 2.0], ids=["same config", "another"])
+def test_an_interrupted_save(alpha, calls, tmp_path, monkeypatch):
+    """The folder is the old adapter or the new one, or has no config."""
+    model = tiny_llama()
+    adapter, params = lf.adapt(model, lf.LoRA(r=2))
+    save(tmp_path, adapter, trained(params))
+    old = load(tmp_path, model)[1]
+    done = []
+
+    def interrupted(path, content):
+        if len(done) == calls:
+            raise KeyboardInterrupt
+        done.append(path)
+        path.write_bytes(content)
+
+    monkeypatch.setattr(sys.modules[save.__module__], "replace_file", interrupted)
+    other, new = lf.adapt(model, lf.LoRA(r=2, alpha=alpha))
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, other, trained(new))
+    if alpha == 16.0:
+        found = load(tmp_path, model)[1]
+        assert all(torch.equal(found[key], old[key]) for key in old) == (calls == 0)
+    else:
+        with pytest.raises(lf.LoraFuncError, match=r"no adapter_config\.json"):
+            load(tmp_path, model)
 
 
 def test_a_path_that_is_no_folder(tmp_path):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import html
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -18,7 +21,8 @@ from models import largest, tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 import lora_func as lf
-from bench.sweep import data, evaluate, files, protocol, run, train
+from bench.sweep import data, evaluate, files, protocol, report, results, run, train
+from bench.sweep.__main__ import main as command
 from bench.sweep.model import Answers, fuse_norms
 from bench.sweep.protocol import Sweep
 
@@ -373,3 +377,82 @@ def test_what_draws_nothing_starts_all_seeds_alike(name, alike, tmp_path):
     for seed, start in enumerate(search.starts):
         own = search.adapter.init(model, generator=torch.Generator().manual_seed(seed))
         assert largest(own, start) == 0
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> Path:
+    """A small sweep, in two parts."""
+    folder = tmp_path_factory.mktemp("swept")
+    for k in range(2):
+        wanted = options(
+            folder,
+            variants=("lora", "pissa", "full"),
+            sets=("configured", "all-linear", "matched"),
+            out=folder / f"part{k}",
+            part=(k, 2),
+            grid=(1e-3, 1e-2, 1e-1),
+            steps=4,
+            length=24,
+            generate=3,
+        )
+        assert run.main(wanted, base(), word_tokenizer())
+    return folder
+
+
+def test_report(swept, tmp_path, capsys):
+    paths = [str(swept / f"part{k}" / "results.jsonl") for k in range(2)]
+    assert command(["report", *paths, "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert page.count("<img ") == 4  # a CPU counts no peak of memory
+    for name in ("curves", "forest", "parameters", "forgotten"):
+        assert (tmp_path / f"sweep-{name}.png").stat().st_size > 5000
+    labels = [row["label"] for row in summary["rows"]]
+    assert len(labels) == 6  # matched, LoRA and PiSSA are as configured
+    assert {"lora", "pissa", "full fine-tuning", "lora, all linear"} <= set(labels)
+    for label in labels:
+        assert label in page
+    printed = capsys.readouterr().out
+    for line in summary["findings"]:
+        assert line in printed
+        assert html.escape(line) in page
+    (lora,) = [row for row in summary["rows"] if row["label"] == "lora"]
+    assert lora["to lora"] == [0, 0, 0]
+    assert "Problems solved" in page
+    assert report.table(summary, "configured", "github").count("\n") == 4
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says():
+    """Differences with effects of seeds and of problems, whose mean is 0.1 nats per token."""
+    rng = np.random.default_rng(0)
+    tokens = np.full(100, 10.0)
+    held = 0
+    for _ in range(200):
+        noise = rng.normal(0, 2, (20, 1)) + rng.normal(0, 2, (1, 100)) + rng.normal(0, 2, (20, 100))
+        middle, low, high = results.interval(1.0 + noise, tokens)
+        assert low < middle < high
+        held += low < 0.1 < high
+    assert 0.90 < held / 200 < 0.99
+
+
+def test_wilson():
+    """Against the values of a published table (Newcombe 1998, method 3)."""
+    assert results.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert results.wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+
+
+def test_parts_of_different_sweeps_do_not_mix(swept, tmp_path):
+    assert run.main(options(tmp_path), base(), word_tokenizer())
+    with pytest.raises(lf.LoraFuncError, match="different settings"):
+        results.read([tmp_path / "out" / "results.jsonl", swept / "part0" / "results.jsonl"])
+
+
+def test_every_option_is_explained(capsys):
+    with pytest.raises(SystemExit):
+        command(["--help"])
+    text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    for field in dataclasses.fields(Sweep):
+        name = field.name.replace("_", "-")
+        found = re.search(rf"{name} (.*?)(?= --|$)", text, re.IGNORECASE)
+        assert found is not None, field.name
+        assert re.search(r"\w+ \w+", found[1])

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import torch
 from architectures import ARCHITECTURES
-from models import tiny_llama
+from models import adapted, text_batch, tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
 import lora_func as lf
-from lora_func.interop import vllm
+from lora_func.interop import peft as ours
+from lora_func.interop import sglang, vllm
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",
@@ -129,3 +132,21 @@ def test_altered_folders(tmp_path):
     refused("no file '.*adapter_model.safetensors': save the adapter as safetensors")
     config.unlink()
     refused("no file '.*adapter_config.json': give a folder in PEFT's format")
+
+
+def test_an_adapter_of_ours(tmp_path):
+    """Of variants that vLLM knows nothing of, made plain, saved, checked, and loaded by PEFT."""
+    rules = {"q_proj": lf.LoRA(r=3), "v_proj": lf.PiSSA(r=2), "up_proj": lf.HRA(r=4)}
+    targets = lf.Targets(names=tuple(rules))
+    model, adapter, params = adapted(rules, targets=targets)
+    batch = text_batch()
+    expected = adapter(model, params, batch).logits
+    ours.save(tmp_path / "own", *lf.as_lora(adapter, params, model=model))
+    assert vllm.check(tmp_path / "own") == {"enable_lora": True, "max_lora_rank": 8}
+    ours.save(tmp_path / "one", *lf.as_lora(adapter, params, r=4, model=model))
+    names = {"lora_target_modules": ["q_proj", "up_proj", "v_proj"]}
+    assert sglang.check(tmp_path / "one") == {"enable_lora": True, "max_lora_rank": 4, **names}
+    for name in ("own", "one"):
+        base = copy.deepcopy(model)
+        loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / name))
+        torch.testing.assert_close(loaded(**batch).logits, expected)

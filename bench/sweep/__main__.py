@@ -1,4 +1,4 @@
-"""`python -m bench.sweep` trains; `python -m bench.sweep report` makes the report."""
+"""`python -m bench.sweep` trains; `python -m bench.sweep report RESULTS` makes the report."""
 
 from __future__ import annotations
 
@@ -7,10 +7,26 @@ import sys
 
 import tyro
 
-from . import run
 from .protocol import Sweep
+
+PROG = "python -m bench.sweep"
+UNFINISHED = 3  # the exit status of a sweep that stopped in time
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one of the two commands, and returns the exit status."""
+    if arguments[:1] == ["report"]:
+        from . import report  # noqa: PLC0415  (plots, which training does not need)
+
+        kind = tyro.conf.PositionalRequiredArgs[report.Report]
+        report.main(tyro.cli(kind, prog=f"{PROG} report", args=arguments[1:]))
+        return 0
+    from . import run  # noqa: PLC0415
+
+    options = tyro.cli(Sweep, prog=PROG, args=arguments)
+    return 0 if run.main(options) else UNFINISHED
+
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    arguments = sys.argv[1:]
-    sys.exit(0 if run.main(tyro.cli(Sweep, prog="python -m bench.sweep", args=arguments)) else 3)
+    sys.exit(main(sys.argv[1:]))

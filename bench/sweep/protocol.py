@@ -178,8 +178,7 @@ def groups(options: Sweep, model: nn.Module) -> list[Group]:
 
     def add(name: str, chosen: str, r: int, layers: tuple[str, ...] | None = None) -> None:
         variant = lf.Card.suggested(lf.VARIANTS[name], r)
-        layers = variant.card.layers if layers is None else layers
-        group = Group(chosen, variant, layers, options.quantization)
+        group = Group(chosen, variant, layers or variant.card.layers, options.quantization)
         found.setdefault(group.key, group)
 
     for chosen in options.sets:

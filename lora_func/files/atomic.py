@@ -31,8 +31,8 @@ def writable(path: str | os.PathLike[str]) -> Path:
     return real
 
 
-def replace_file(path: Path, parts: Iterable[Any]) -> None:
-    """Writes the parts, which are buffers, beside `path` and renames.
+def replace_file(path: Path, content: bytes | Iterable[Any]) -> None:
+    """Writes bytes, or buffers one after the other, beside `path` and renames.
 
     The new file has the mode of the old one, otherwise what the umask leaves. A process that is
     killed can leave its temporary file behind, under a hidden name that ends in .tmp.
@@ -43,7 +43,7 @@ def replace_file(path: Path, parts: Iterable[Any]) -> None:
         with open(temporary, "xb") as file:
             if path.exists():
                 shutil.copymode(path, temporary)  # before there is anything to read in it
-            for part in parts:
+            for part in [content] if isinstance(content, bytes) else content:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())

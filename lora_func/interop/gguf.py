@@ -93,7 +93,7 @@ def save(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        replace_file(real, [file.read_bytes()])
+        replace_file(real, file.read_bytes())
 
 
 def names_of(adapter: Adapter, config: Any, library: Any, architecture: str) -> dict[str, str]:

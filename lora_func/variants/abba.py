@@ -36,7 +36,7 @@ class ABBA(Product):
         formula="base_out + s x ((B1 A1) ∘ (B2 A2))ᵀ",
         trainable={"A1": "r, d_in", "B1": "d_out, r", "A2": "r, d_in", "B2": "d_out, r"},
         reads="init",
-        lr=1e-3,
+        lr=0.01,
     )
 
     r: int = 8  # rank of each of the two, from 1 to min(d_in, d_out)

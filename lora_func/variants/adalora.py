@@ -36,7 +36,7 @@ class AdaLoRA(Product):
         formula="base_out + s ((x Aᵀ) ∘ E) Bᵀ",
         trainable={"A": "r, d_in", "B": "d_out, r", "E": "r"},
         reads="nothing",
-        lr=2e-3,
+        lr=0.01,
         peft=Peft("AdaLoraConfig", {"total_step": 100}, rank="init_r"),
         beside_peft="the same function; the allocator is a pure step of the loop",
     )

@@ -53,7 +53,7 @@ class AntiPaSTOAblate(Directions):
         at_init="moved",
         reads="init",
         data="optional",
-        lr=1e-2,
+        lr=0.1,
         width=8,
         beside_peft="not in PEFT",
     )

@@ -41,7 +41,7 @@ class AntiPaSTOArrow(Gains):
         trainable={"M": "block, block", "g": "r - block"},
         reads="init",
         data="optional",
-        lr=3e-3,
+        lr=0.03,
         width=8,
         beside_peft="not in PEFT; lora-lite rewrites the weight",
     )

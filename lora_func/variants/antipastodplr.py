@@ -43,7 +43,7 @@ class AntiPaSTODPLR(Gain, Turned):
         trainable={"g": "r", "A": "k, r", "B": "r, k"},
         reads="init",
         data="optional",
-        lr=5e-3,
+        lr=0.03,
         width=8,
         beside_peft="not in PEFT; lora-lite rewrites the weight",
     )

@@ -48,7 +48,7 @@ class AntiPaSTORotation(Turned):
         trainable={"ds": "r", "rot": "rotations, block_size * (block_size - 1) // 2"},
         reads="init",
         data="optional",
-        lr=1e-2,
+        lr=0.1,
         width=8,
         beside_peft="not in PEFT; lora-lite adds noise at init",
     )

@@ -47,7 +47,7 @@ class BOFT(Variant):
             "ds": "d_out",
         },
         reads="nothing",
-        lr=1e-3,
+        lr=3e-3,
         peft=Peft("BOFTConfig", rank=None),
         beside_peft="the inverse rotation, and half the numbers; PEFT's m > 1 needs a compiler",
     )

@@ -45,7 +45,7 @@ class C3A(Variant):
         formula="base_out_p + Σ_q IDFT(conj(DFT w_pq) ∘ DFT x_q) / d_in",
         trainable={"w": "d_out // block_size, d_in // block_size, block_size"},
         reads="nothing",
-        lr=1e-1,
+        lr=1.0,
         settings={"block_size": 32},
         peft=Peft("C3AConfig", rank=None),
         beside_peft="the same function; PEFT 0.21 has a wrong gradient in x",

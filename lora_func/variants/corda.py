@@ -42,7 +42,7 @@ class CorDA(Anchored):
         trainable={"A": "r, d_in", "B": "d_out, r"},
         reads="init",
         data="required",
-        lr=5e-4,
+        lr=3e-3,
         peft=Peft("LoraConfig", {"init_lora_weights": "corda"}),
         beside_peft="the paper's covariance; PEFT divides each batch by its largest entry first",
     )

@@ -49,7 +49,7 @@ class DeLoRA(Product):
         formula="base_out + (lam / r) Σ_j x wn â_j b̂_jᵀ",
         trainable={"A": "r, d_in", "B": "d_out, r", "lam": ""},
         reads="init",
-        lr=5e-3,
+        lr=0.03,
         settings={"lambda0": 1.0, "start": "paper"},
         peft=Peft("DeloraConfig"),
         beside_peft='start="peft" is the same; start="paper" is Eq. 9, without the jump',

@@ -62,7 +62,7 @@ class FourierFT(Variant):
         formula="base_out + alpha x Re IDFT₂(F)ᵀ, F[rows, cols] = c",
         trainable={"c": "n"},
         reads="nothing",
-        lr=3e-2,
+        lr=0.1,
         peft=Peft("FourierFTConfig", rank=None),
         beside_peft="the same function; PEFT starts c from N(0, 1) and keeps a dense ΔW",
     )

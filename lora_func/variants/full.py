@@ -40,7 +40,7 @@ class Full(Variant):
         trainable={"D": "d_out, d_in", "d": "d_out if bias else None"},
         reads="nothing",
         any_shape=True,
-        lr=1e-4,
+        lr=1e-3,
         beside_peft="`modules_to_save` stores the whole weight; this stores the difference",
     )
 

@@ -45,7 +45,7 @@ class HiRA(Variant):
         formula="base_out + x (W ∘ (B A))ᵀ",
         trainable={"A": "r, d_in", "B": "d_out, r"},
         reads="dense",
-        lr=1e-2,
+        lr=0.03,
         peft=Peft("HiraConfig"),
         beside_peft="the same function; PEFT keeps a dense W ∘ (B A) of each layer for backward",
     )

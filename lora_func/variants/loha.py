@@ -43,7 +43,7 @@ class LoHa(Product):
         formula="base_out + s x ((w1a w1b) ∘ (w2a w2b))ᵀ",
         trainable={"w1a": "d_out, r", "w1b": "r, d_in", "w2a": "d_out, r", "w2b": "r, d_in"},
         reads="nothing",
-        lr=1e-3,
+        lr=0.01,
         peft=Peft("LoHaConfig"),
         beside_peft="the same function; PEFT forms the dense update",
     )

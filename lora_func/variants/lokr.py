@@ -49,7 +49,7 @@ class LoKr(Variant):
             "w2b": "r, inner(d_in) if not whole2(d_out, d_in) else None",
         },
         reads="nothing",
-        lr=1e-3,
+        lr=0.03,
         peft=Peft("LoKrConfig"),
         beside_peft="the same function; PEFT forms the dense update",
     )

@@ -58,7 +58,7 @@ class LoRAGA(Anchored):
         trainable={"A": "r, d_in", "B": "d_out, r"},
         reads="init",
         data="required",
-        lr=5e-4,
+        lr=3e-3,
         peft=Peft("LoraConfig", {"init_lora_weights": "lora_ga"}),
         beside_peft="the same factors from the same gradient; PEFT makes the weights require grad",
     )

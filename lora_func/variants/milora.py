@@ -34,7 +34,7 @@ class MiLoRA(Anchored):
         formula="base_out + s x (BA - B0A0)ᵀ",
         trainable={"A": "r, d_in", "B": "d_out, r"},
         reads="init",
-        lr=2e-3,
+        lr=0.01,
         beside_peft="not in PEFT",
     )
 

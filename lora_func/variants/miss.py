@@ -39,7 +39,7 @@ class MiSS(Factored):
         formula="base_out + (Σ_j x_j) D",
         trainable={"D": "r, columns(d_out)"},
         reads="nothing",
-        lr=1e-3,
+        lr=3e-3,
         width=2,
         peft=Peft("MissConfig"),
         beside_peft="the same function",

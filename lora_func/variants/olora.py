@@ -35,7 +35,7 @@ class OLoRA(Anchored):
         formula="base_out + s x (BA - B0A0)ᵀ",
         trainable={"A": "r, d_in", "B": "d_out, r"},
         reads="init",
-        lr=5e-4,
+        lr=3e-3,
         peft=Peft("LoraConfig", {"init_lora_weights": "olora"}),
         beside_peft="the same function; PEFT rewrites the weight",
     )

@@ -38,7 +38,7 @@ class PiSSA(Anchored):
         formula="base_out + s x (BA - B0A0)ᵀ",
         trainable={"A": "r, d_in", "B": "d_out, r"},
         reads="init",
-        lr=5e-4,
+        lr=3e-3,
         peft=Peft("LoraConfig", {"init_lora_weights": "pissa"}),
         beside_peft="the same function; PEFT rewrites the weight, 6e-3 off in bfloat16",
     )

@@ -7,8 +7,7 @@ has, chosen once; the rank of ΔW is not limited. v is zero at init, so the outp
 to the bit. Of the paper's five masks this file has three: random positions, as in PEFT; those of
 the largest |W|; those of the largest |gradient| of W, summed over a few batches. The last is also
 how RoSA (Nikdan et al. 2024, arXiv 2401.04679) chooses, whose other half is a LoRA:
-`Chain(LoRA(), SHiRA(mask="gradient"))`. r = 32 is PEFT's default, and the learning rate that of its
-comparison of methods.
+`Chain(LoRA(), SHiRA(mask="gradient"))`. r = 32 is PEFT's default.
 
 ΔW is made anew for each product, in forward and in backward, and not kept. (A sum over the n
 positions would keep [tokens, n].) So each token that is decoded alone pays for making it: merge the
@@ -43,7 +42,7 @@ class SHiRA(Variant):
         formula="base_out + x ΔWᵀ, ΔW[rows, cols] = v",
         trainable={"v": "r * (d_in + d_out)"},
         reads="nothing",
-        lr=3e-4,
+        lr=0.01,
         peft=Peft("ShiraConfig"),
         beside_peft="the same function; PEFT keeps a dense W + ΔW of each layer for backward",
     )

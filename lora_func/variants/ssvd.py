@@ -38,7 +38,7 @@ class SSVD(Turned):
         formula="base_out + x (U ((S + dS) G - S) V)ᵀ",
         trainable={"k": "r * (r - 1) // 2", "dS": "r"},
         reads="init",
-        lr=1e-2,
+        lr=0.03,
         beside_peft="not in PEFT",
     )
 

@@ -16,7 +16,7 @@ gate, so its start moves the output.) `pattern` says which entries m holds:
 The sign of u_i · v_j is that of the singular vectors, which is arbitrary, so "topk" takes its size.
 The paper takes all triplets, r = min(d_in, d_out), whose vectors need twice the memory of W. In the
 plain pattern signs cancel, so a file may leave U and V out (`lf.save(.., frozen="rebuild")`). The
-learning rate is the paper's for the plain pattern; it takes 1e-3 to 1e-2 for the random one.
+paper's learning rate is 5e-2 for the plain pattern, and 1e-3 to 1e-2 for the random one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SVFT(Product):
         formula="base_out + ((x Vᵀ) Mᵀ) Uᵀ, M[rows, cols] = m",
         trainable={"m": "n"},
         reads="init",
-        lr=5e-2,
+        lr=1.0,
         width=8,
     )
 

@@ -52,7 +52,7 @@ class VBLoRA(Product):
             "bank": "num_vectors, vector_length",
         },
         reads="nothing",
-        lr=1e-3,
+        lr=0.01,
         settings={"vector_length": 32, "num_vectors": 64},
         peft=Peft("VBLoRAConfig"),
         beside_peft='the same function with start="peft"; PEFT\'s output at init is moved',

@@ -42,7 +42,7 @@ class VeRA(Factored):
         formula="base_out + lb ((ld (x Aᵀ)) Bᵀ)",
         trainable={"lb": "d_out", "ld": "r"},
         reads="nothing",
-        lr=3e-2,
+        lr=0.1,
         width=8,
         peft=Peft("VeraConfig"),
         beside_peft="the same function; PEFT draws A and B from a key of its own",

@@ -143,15 +143,33 @@ def assembled(config: Mapping[str, Any], tensors: dict[str, Tensor], model: nn.M
     found, together = wholes(rest, config, model)
     for path, whole in found.items():
         parts.add(path, Full(), whole.weight, Leaves(whole.leaves))
-        if dropout and not isinstance(whole.weight, ParameterWeight):
-            warnings.warn(
-                f"dropout={dropout} is left out: it would also act on {path!r}, which PEFT trains "
-                "whole",
-                stacklevel=3,
-            )
-            dropout = 0.0
     check_apart(parts.weights, together, model)
-    return parts.manifest(dropout)
+    return parts.manifest(acting(dropout, parts))
+
+
+def acting(dropout: float, parts: Parts) -> float:
+    """The dropout of the adapter. Warns where it cannot act as PEFT's does."""
+    if not dropout:
+        return 0.0
+    kernels, whole = [], []
+    for path, weight in parts.weights.items():
+        if not isinstance(weight, ParameterWeight):
+            whole += [path] if isinstance(parts.variants[path], Full) else []
+        elif weight.layout.kernel:
+            kernels.append(path)
+    if whole:
+        warnings.warn(
+            f"dropout={dropout} is left out: it would also act on {listing(whole)}, which PEFT "
+            "trains whole",
+            stacklevel=4,
+        )
+        return 0.0
+    if kernels:
+        warnings.warn(
+            f"dropout={dropout} does not act on the convolutions {listing(kernels)}, as in PEFT",
+            stacklevel=4,
+        )
+    return dropout
 
 
 def say_idle(method: Method, config: Mapping[str, Any]) -> None:

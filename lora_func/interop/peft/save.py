@@ -43,7 +43,8 @@ def save(
 ) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, as PEFT does.
 
-    Each file is replaced only when the new one is whole, the config last.
+    Each file is replaced only when the new one is whole. A save that is interrupted leaves the old
+    adapter, the new one, or a folder without a config, which nobody can load: never a mixture.
 
     Args:
         folder: is made if its parent exists.
@@ -74,13 +75,21 @@ def save(
     weights: dict[str, Any] = {} if model is None else dict(adapter.weights(model))
     config, tensors = exported(adapter, params, weights, model)
     if base is None:
-        base = getattr(model, "name_or_path", None)
+        base = getattr(model, "name_or_path", None) or None
     common = {"base_model_name_or_path": base, "peft_version": RELEASE, "inference_mode": True}
     config = {**common, **config}
     own = {key: leaf.detach().cpu().contiguous().clone() for key, leaf in tensors.items()}
     folder.mkdir(exist_ok=True)
-    replace_file(writable(folder / WEIGHTS), safetensors.save(own, {"format": "pt"}))
-    replace_file(writable(folder / CONFIG), json.dumps(config, indent=2).encode())
+    write(folder, json.dumps(config, indent=2).encode(), safetensors.save(own, {"format": "pt"}))
+
+
+def write(folder: Path, config: bytes, tensors: bytes) -> None:
+    """Writes the two files: first an old config that differs goes, and last the new one comes."""
+    weights, place = writable(folder / WEIGHTS), writable(folder / CONFIG)
+    if place.exists() and place.read_bytes() != config:
+        place.unlink()
+    replace_file(weights, tensors)
+    replace_file(place, config)
 
 
 def exported(

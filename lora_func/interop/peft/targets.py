@@ -41,6 +41,9 @@ def targets_of(
     sorted_, rest = by_layer(methods, tensors)
     modules = dict(model.named_modules())
     if unknown := [path for path, _ in sorted_ if path not in modules]:
+        outer = unknown[0].partition(f"{LEVEL}.")[0]  # of torch's attention, whose parts PEFT wraps
+        if outer != unknown[0] and outer in modules:
+            layer_weight(outer, modules[outer])
         raise LoraFuncError(no_layer(unknown[0], model))
     places = {path: place for place, path in enumerate(modules)}
     targets = []
@@ -82,7 +85,7 @@ def layer_weight(path: str, module: nn.Module) -> Any:
     if kind_of(module) is None and "weight" not in module._parameters:
         raise LoraFuncError(
             f"{path!r} is a {type(module).__name__}, which is no linear layer, embedding or "
-            "convolution"
+            "convolution. merge_and_unload in PEFT makes a plain model of it"
         )
     return weight_at(path, module)
 
