@@ -116,7 +116,10 @@ def synchronize() -> None:
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2
+    contenders: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each round.
 
@@ -126,11 +129,11 @@ def interleaved(
     for turn in range(warmup + rounds):
         for name, run in contenders.items():
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             run()
             synchronize()
             if turn >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 

@@ -3,9 +3,10 @@
 The model is a stack of linear layers in the shapes of a transformer's, all of them adapted. A step
 is a forward and a backward to the input (the base's whole work), and to the adapter if there is
 one; `forward` is that alone, without gradients. The contenders of a variant run interleaved in one
-process. On a GPU a round is several steps, which are launched as a training loop launches them:
-without a wait for the device between them. Memory is the peak of a step beyond what was allocated
-before it.
+process. On the CPU that is one thread, and the clock is its own time, so that other work on the
+machine does not count. On a GPU a round is several steps, launched as a training loop launches
+them: without a wait for the device between them. Memory is the peak of a step beyond what was
+allocated before it.
 
 Both sides have the same rank, sizes of blocks and the like, and PEFT's defaults where it has no
 rank. PEFT's methods that are LoRA from another start, such as PiSSA, start as LoRA here: it is the
@@ -201,8 +202,10 @@ def timed(
 ) -> dict[str, list[float]]:
     """Seconds of each round, of as many rounds as fit into the time for a row, at least three."""
     loops = {who: repeated(run, options.in_a_row) for who, run in runs.items()}
-    first = sum(itertools.chain(*interleaved(loops, 1, warmup=1).values()))
-    return interleaved(loops, max(3, min(options.rounds, int(options.seconds / first))), warmup=1)
+    clock = time.process_time if options.device == "cpu" else time.perf_counter
+    first = sum(itertools.chain(*interleaved(loops, 1, 1, clock).values()))
+    rounds = max(3, min(options.rounds, int(options.seconds / first)))
+    return interleaved(loops, rounds, 1, clock)
 
 
 def repeated(run: Callable[[], Any], times: int) -> Callable[[], None]:
@@ -251,7 +254,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30 if cuda else 15)
     parser.add_argument("--in-a-row", type=int, default=4 if cuda else 1, help="steps of a round")
     parser.add_argument("--seconds", type=float, default=3, help="for the rounds of a row")
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", module="peft")
     model, found = stack(options), {}
     rows, begin = [], time.perf_counter()

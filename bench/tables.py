@@ -400,8 +400,8 @@ def cost_of(name: str) -> str:
     ]
     table = markdown(cells, ["variant", *headers])
     about = (
-        f"{s['blocks']} blocks of {s['hidden']} x {s['hidden']}, {s['hidden']} x {s['width']} and "
-        f"{s['width']} x {s['hidden']}, batch {s['batch']} x {s['tokens']} tokens, {s['dtype']}, "
+        f"{3 * s['blocks']} layers: {s['hidden']} x {s['hidden']}, {s['hidden']} x {s['width']}, "
+        f"{s['width']} x {s['hidden']}; batch {s['batch']} x {s['tokens']} tokens, {s['dtype']}, "
         f"r={s['r']}; times over those of the base; MiB over base: peak of the step."
     )
     failed = [
