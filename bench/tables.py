@@ -412,6 +412,22 @@ def cost_of(name: str) -> str:
     return " ".join([f"{table}\n\n{about} {ran_on}.", *failed])
 
 
+def cost_headline() -> str:
+    """A few of these, on the GPU."""
+    result, ran_on = read("cost-h200")
+    s, rows = result["settings"], {row["variant"]: row for row in result["rows"]}
+    cells = []
+    for name in ("lora", "dora", "hra", "loha", "oft", "vera", "shira"):
+        step, size = rows[name]["step"]["over base"], rows[name]["mebibytes over base"]
+        beside = f"{step['peft']:.2f}x, +{size['peft']:,.0f} MiB"
+        cells.append([name, f"{step['ours']:.2f}x, +{size['ours']:,.0f} MiB", beside])
+    about = (
+        f"A training step over that of the frozen base, and its memory beyond it: layers in the "
+        f"shapes of an 8B model, {s['batch']} x {s['tokens']} tokens, {s['dtype']}, r={s['r']}."
+    )
+    return f"{markdown(cells, ['', 'lora_func', 'PEFT'])}\n\n{about} {ran_on}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "sweep-findings": lambda: sweep_findings("h200"),
     "sweep-about": lambda: sweep_about("h200"),
@@ -419,6 +435,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sweep-all-linear": lambda: swept("h200", "all-linear"),
     "sweep-rank": lambda: swept("h200", "rank"),
     "parity": lambda: parity("cpu"),
+    "cost-headline": cost_headline,
     "variants": variants,
     "methods": methods,
     "supports": supports,
