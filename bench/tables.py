@@ -7,6 +7,7 @@ date; `python bench/tables.py` writes all of them anew.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,19 @@ def variants() -> str:
         paper = f"[{card.authors}](https://{card.url})"
         rows.append([f"`{kind.__name__}`", card.title, paper, trainable(card)])
     return markdown(rows, ["class", "what it does", "paper", "trainable, per layer"])
+
+
+def formulas() -> str:
+    """The formula of each method, and how many numbers it trains."""
+    rows = []
+    for kind in lf.VARIANTS.values():
+        card = kind.card
+        variant = card.suggested(kind, r=8)
+        shapes = card.shapes(variant, (4096, 4096), bias=0).values()
+        count = sum(math.prod(shape) for shape in shapes)
+        formula = card.formula.replace("|", "\\|")  # it would end the cell
+        rows.append([f"`{kind.__name__}`", f"`{formula}`", f"{count:,}"])
+    return markdown(rows, ["class", "formula", "numbers, 4096 x 4096, r=8"])
 
 
 AT_INIT = {
@@ -437,6 +451,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "parity": lambda: parity("cpu"),
     "cost-headline": cost_headline,
     "variants": variants,
+    "formulas": formulas,
     "methods": methods,
     "supports": supports,
     "needs": needs,
