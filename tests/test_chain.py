@@ -135,7 +135,8 @@ def test_what_it_hands_on():
         lf.LoraFuncError, match=r"CorDA starts from .* or stats= to adapt or Adapter.init"
     ):
         adapter.init(model)  # it draws the LoRA, and a chain draws all its links
-    stats = lf.collect(model, adapter, batches, chain.statistic)
+    statistic: Any = chain.statistic
+    stats = lf.collect(model, adapter, batches, statistic)
     assert adapter.init(model, stats=stats).keys() == params.keys()
     with pytest.raises(lf.LoraFuncError, match=r"field 'alhpa'\. Did you mean 'alpha'"):
         adapter.replace(alhpa=1.0)
