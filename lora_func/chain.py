@@ -46,8 +46,9 @@ class Chain(Variant):
                 )
             if place and link.card.reads in ("rows", "dense"):
                 raise LoraFuncError(
-                    f"{type(link).__name__} reads the weight on each call, and behind another link "
-                    f"the layer is no longer that weight: put {type(link).__name__} first"
+                    f"{type(link).__name__} reads the weight on each call (its card says "
+                    f"reads={link.card.reads!r}), and behind another link the layer is no longer "
+                    f"that weight: put {type(link).__name__} first"
                 )
         looking = [link for link in links if link.looks_at_data]
         if any(link.statistic != looking[0].statistic for link in looking):
@@ -81,6 +82,10 @@ class Chain(Variant):
             link.init(weight, generator, stats if link.looks_at_data else None)
             for link in self.links
         )
+
+    def drawing(self, names):
+        owned = (own(dict.fromkeys(names), place) for place in range(len(self.links)))
+        return Chain(*(link.drawing(n) if n else Anchored() for link, n in zip(self.links, owned)))
 
     def like(self, weight, leaves):
         return together(
@@ -141,6 +146,16 @@ class Chain(Variant):
                 weight = After(link, weight, p)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Anchored(Variant):
+    """Stands for a link all of whose leaves start at anchors, so that there is nothing to draw."""
+
+    card = Card(reads="nothing")
+
+    def init(self, weight, generator, stats=None):
+        return Params({})
+
+
 class After(Weight):
     """A layer behind a link. Links read its bias, and `factors` its matrix; both are made then."""
 
@@ -168,8 +183,8 @@ class After(Weight):
         return self.link.apply(like.new_zeros(1, d_in), base_out, self.before, self.params)[0]
 
 
-def own(params: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
-    """The parameters of the link at `place`, under its own names; prepared ones stay so."""
+def own(params: Mapping[str, T], place: int) -> dict[str, T]:
+    """What belongs to the link at `place`, under its own names; prepared parameters stay so."""
     kind = Prepared if isinstance(params, Prepared) else dict
     prefix = f"{place}_"
     return kind({n.removeprefix(prefix): t for n, t in params.items() if n.startswith(prefix)})
