@@ -138,10 +138,12 @@ class Chain(Variant):
     def steps(self, weight, params):
         """For each link: its place, itself, the layer as it finds it, and its parameters.
 
-        A link that has none on this layer, because it saw no data there, is left out.
+        A link that has none on this layer, because it saw no data there, is left out. Prepared
+        parameters stay so.
         """
+        kind = Prepared if isinstance(params, Prepared) else dict
         for place, link in enumerate(self.links):
-            if p := own(params, place):
+            if p := kind(own(params, place)):
                 yield place, link, weight, p
                 weight = After(link, weight, p)
 
@@ -184,10 +186,9 @@ class After(Weight):
 
 
 def own(params: Mapping[str, T], place: int) -> dict[str, T]:
-    """What belongs to the link at `place`, under its own names; prepared parameters stay so."""
-    kind = Prepared if isinstance(params, Prepared) else dict
+    """What belongs to the link at `place`, under its own names."""
     prefix = f"{place}_"
-    return kind({n.removeprefix(prefix): t for n, t in params.items() if n.startswith(prefix)})
+    return {n.removeprefix(prefix): t for n, t in params.items() if n.startswith(prefix)}
 
 
 def under(place: int, values: Mapping[str, T]) -> dict[str, T]:
