@@ -69,6 +69,10 @@ def theirs_rows(theirs: Any) -> list[int]:
 def test_gradients(name, tmp_path):
     model, theirs, batch = written(name, tmp_path)
     adapter, params = load(tmp_path, model)
+    if "experts" not in name:  # whose kernels do not take float64, in which rounding hides nothing
+        model, theirs = model.double(), theirs.double()
+        params = {key: leaf.double() for key, leaf in params.items()}
+        batch = batch.double() if isinstance(batch, Tensor) else batch
     weights = torch.randn_like(output(model, batch))
 
     def loss(p):
@@ -89,11 +93,11 @@ def test_gradients(name, tmp_path):
         place, *_ = key.partition(".token_adapter")
         place = place.removesuffix(".trainable_tokens_delta")
         if place == key:
-            assert_close(found[key], after[key], 1e-4)
+            assert_close(found[key], after[key])
         else:
             names = (f"{place}.weight", f"{place}.ln_tuning_layers.weight")
             own = next(found[name] for name in names if name in found)
-            assert_close(own[theirs_rows(theirs)], after[key], 1e-4)
+            assert_close(own[theirs_rows(theirs)], after[key])
 
 
 # Folders with something special
