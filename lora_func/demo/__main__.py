@@ -18,6 +18,7 @@ from torch import Tensor
 
 import lora_func as lf
 
+from ..errors import LoraFuncError
 from ..probing import state_hash
 from .answers import answered, encode, solution, solve
 from .data import Example, find_examples
@@ -51,7 +52,7 @@ class Demo:
     lr: float | None = None
     """Learning rate of AdamW. Default: the one on the variant's card."""
     rates: int | None = None
-    """Learning rates to train with, half a decade apart around --lr, in one pass of the model. The
+    """Learning rates to train with, half a decade apart around the one above, in one pass. The
     report shows the loss of each. Default: 8 on a GPU, 1 on a CPU."""
     targets: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="REGEX")] = None
     """Patterns of the layers to adapt. Default: those that the variant was made for."""
@@ -82,6 +83,11 @@ def main(demo: Demo) -> dict[str, Any]:
     started = time.perf_counter()
     variant = variant_of(demo)
     card = variant.card
+    count = demo.rates
+    if count is None:
+        count = 8 if demo.device.startswith("cuda") else 1
+    if count < 1:
+        raise LoraFuncError(f"rates={count}: expected the number of learning rates, 1 or more")
     train_on, held_out, source = find_examples(
         demo.data, demo.steps * demo.batch_size, demo.held_out, demo.seed
     )
@@ -123,7 +129,6 @@ def main(demo: Demo) -> dict[str, Any]:
 
     print(f"answering {len(held_out)} held-out problems, before training and after")
     before = solve(model, tokenizer, held_out)
-    count = demo.rates or (8 if demo.device.startswith("cuda") else 1)
     rates = rates_around(card.lr if demo.lr is None else demo.lr, count)
     own = count // 2  # the member with the rate of the card, or of --lr
     evaluation = [

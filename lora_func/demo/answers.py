@@ -125,4 +125,4 @@ def wilson(right: int, of: int) -> list[float]:
     z, p = 1.96, right / of
     centre = (p + z * z / (2 * of)) / (1 + z * z / of)
     half = z * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of)) / (1 + z * z / of)
-    return [centre - half, centre + half]
+    return [max(0.0, centre - half), min(1.0, centre + half)]
