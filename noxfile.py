@@ -31,7 +31,7 @@ def install_smollm2(session: nox.Session) -> None:
 
 def run_tests(session: nox.Session, *arguments: str) -> None:
     """All but those that have a session of their own."""
-    others = [f"--ignore=tests/{folder}" for folder in ("bnb", "trainers", "vision")]
+    others = [f"--ignore=tests/{folder}" for folder in ("bnb", "functional", "trainers", "vision")]
     session.run("pytest", *others, *arguments, *(session.posargs or ["-n", "auto"]))
 
 
@@ -64,6 +64,13 @@ def trainers(session: nox.Session) -> None:
     """Trainer, TRL, Lightning, DDP and accelerate on bound modules, a minute or two."""
     install(session, "trainers", extras="[hf,bnb]")
     session.run("pytest", "tests/trainers", *(session.posargs or ["-n", "auto"]))
+
+
+@nox.session
+def functional(session: nox.Session) -> None:
+    """optree, torchopt, posteriors, curvlinops, Laplace and Opacus, half a minute."""
+    install(session, "functional", extras="[hf]")
+    session.run("pytest", "tests/functional", *(session.posargs or ["-n", "auto"]))
 
 
 @nox.session

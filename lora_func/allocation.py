@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .engine.adapter import Adapter
 from .engine.keys import by_path
-from .errors import LoraFuncError, near_misses
+from .errors import LoraFuncError, listing, near_misses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +54,18 @@ class RankAllocator:
     def init(self, adapter: Adapter, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state before any step: flat key -> both averages `[2, ..]`, for AdaLoRA's leaves.
 
-        Raises LoraFuncError if the adapter has none.
+        Raises LoraFuncError if the adapter has none, or one within a chain.
         """
+        variants = adapter.variants.items()
+        has = [path for path, v in variants if any(p.name() == "adalora" for p in v.parts())]
+        if chained := [path for path in has if adapter.variants[path].name() != "adalora"]:
+            raise LoraFuncError(
+                f"{listing(chained)} has an AdaLoRA within a Chain, whose ranks RankAllocator does "
+                "not allocate: use AdaLoRA alone there"
+            )
         keys = [
             key
-            for path, variant in adapter.variants.items()
+            for path, variant in variants
             if variant.name() == "adalora"
             for key in adapter.keys_of(path)
         ]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .engine.adapter import Adapter, check_order
+from .engine.batch import check_no_mask
 from .engine.holder import Holder, is_parameter
 from .engine.keys import key_mismatch
 from .engine.reach import View
@@ -92,7 +93,7 @@ class Face:
         for module in self.view.modules():
             module.__dict__["_load_from_state_dict"] = leave_alone
         self.drift = self.adapter._drift
-        self.view.register_forward_pre_hook(self.starting)
+        self.view.register_forward_pre_hook(self.starting, with_kwargs=True)
         self.view.register_forward_hook(self.forwarded)
         if self.tensors:
             self.view.register_forward_hook(self.ended, always_call=True)
@@ -156,8 +157,9 @@ class Face:
         own = inspect.getattr_static(kind, transformers.EXPAND)  # a method, or a static one
         return own.__get__(self.view, kind)(expand_size, *args, **kwargs)
 
-    def starting(self, *_: Any) -> None:
-        """Before a forward."""
+    def starting(self, view: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Before a forward. Raises LoraFuncError for arguments that it would ignore."""
+        check_no_mask(view, kwargs)
         if not torch.compiler.is_compiling():
             self.watch.begin(self.view.training)
         for tensor in self.tensors:

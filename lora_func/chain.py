@@ -46,8 +46,9 @@ class Chain(Variant):
                 )
             if place and link.card.reads in ("rows", "dense"):
                 raise LoraFuncError(
-                    f"{type(link).__name__} reads the weight on each call, and behind another link "
-                    f"the layer is no longer that weight: put {type(link).__name__} first"
+                    f"{type(link).__name__} reads the weight on each call (its card says "
+                    f"reads={link.card.reads!r}), and behind another link the layer is no longer "
+                    f"that weight: put {type(link).__name__} first"
                 )
         looking = [link for link in links if link.looks_at_data]
         if any(link.statistic != looking[0].statistic for link in looking):
@@ -81,6 +82,10 @@ class Chain(Variant):
             link.init(weight, generator, stats if link.looks_at_data else None)
             for link in self.links
         )
+
+    def drawing(self, names):
+        owned = (own(dict.fromkeys(names), place) for place in range(len(self.links)))
+        return Chain(*(link.drawing(n) if n else Anchored() for link, n in zip(self.links, owned)))
 
     def like(self, weight, leaves):
         return together(
@@ -133,12 +138,24 @@ class Chain(Variant):
     def steps(self, weight, params):
         """For each link: its place, itself, the layer as it finds it, and its parameters.
 
-        A link that has none on this layer, because it saw no data there, is left out.
+        A link that has none on this layer, because it saw no data there, is left out. Prepared
+        parameters stay so.
         """
+        kind = Prepared if isinstance(params, Prepared) else dict
         for place, link in enumerate(self.links):
-            if p := own(params, place):
+            if p := kind(own(params, place)):
                 yield place, link, weight, p
                 weight = After(link, weight, p)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchored(Variant):
+    """Stands for a link all of whose leaves start at anchors, so that there is nothing to draw."""
+
+    card = Card(reads="nothing")
+
+    def init(self, weight, generator, stats=None):
+        return Params({})
 
 
 class After(Weight):
@@ -168,11 +185,10 @@ class After(Weight):
         return self.link.apply(like.new_zeros(1, d_in), base_out, self.before, self.params)[0]
 
 
-def own(params: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
-    """The parameters of the link at `place`, under its own names; prepared ones stay so."""
-    kind = Prepared if isinstance(params, Prepared) else dict
+def own(params: Mapping[str, T], place: int) -> dict[str, T]:
+    """What belongs to the link at `place`, under its own names."""
     prefix = f"{place}_"
-    return kind({n.removeprefix(prefix): t for n, t in params.items() if n.startswith(prefix)})
+    return {n.removeprefix(prefix): t for n, t in params.items() if n.startswith(prefix)}
 
 
 def under(place: int, values: Mapping[str, T]) -> dict[str, T]:

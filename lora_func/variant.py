@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -250,6 +250,13 @@ class Variant(abc.ABC, metaclass=VariantType):
         engine moves them to the layer. `stats` is what calibration found for this layer. A layer
         for which no leaf is returned gets no adapter.
         """
+
+    def drawing(self, names: Collection[str]) -> Variant:
+        """What draws the trainable leaves `names` anew, where all others start at their anchors.
+
+        Itself; a chain leaves out the links that have nothing to draw.
+        """
+        return self
 
     def like(self, weight: Weight, leaves: Mapping[str, Tensor]) -> Params:
         """The names, shapes and dtypes that a file must hold for one layer.

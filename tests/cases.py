@@ -69,6 +69,7 @@ class Case:
     activations: int = 0  # of the layer's size, that its gradient needs beside the input
     products: int = 1  # of rank r, whose intermediates its gradient needs
     remade: tuple[str, ...] = ()  # kernels that run anew for each token, by design
+    rank: Callable[[Any], int] | None = None  # of the change, if it is not r, or 2 r by an anchor
     own_bias: bool = False  # whether it adds a bias, for which a parameter has no place
     engine: bool = True  # whether the tests of the engine run it, and not only the laws
     peft: Peft | None = None  # the differential test, for what PEFT has
@@ -137,6 +138,21 @@ def cancellation(layer: Layer) -> float:
     W, s = layer.weight.matrix.double(), variant.scale
     terms = W.abs() + s * B.abs() @ A.abs()
     return (terms.norm(dim=1) / (W + s * B @ A).norm(dim=1)).square().max().item()
+
+
+def granular(variant: Any) -> int:
+    """k blocks in a row, each of rank r / k, and what stands beside them."""
+    return variant.k * variant.r + variant.hybrid_r
+
+
+def squared(variant: Any) -> int:
+    """A product entry by entry multiplies ranks."""
+    return variant.r * variant.r
+
+
+def within(variant: Any) -> int:
+    """Its low-rank core lies within the r directions."""
+    return variant.r
 
 
 def rotation(r: int, **fields: Any) -> lf.AntiPaSTORotation:
@@ -242,6 +258,7 @@ CASES = {
         smallest=2,
         multiple=2,
         products=2,
+        rank=granular,
         peft=Peft({"alpha": 64}),
     ),
     "gralora-hybrid": Case(
@@ -250,11 +267,12 @@ CASES = {
         smallest=4,
         multiple=4,
         products=5,
+        rank=granular,
         peft=Peft({"alpha": 9, "gralora_k": 4, "hybrid_r": 3}),
         **second,
     ),
     # Their one product has rank r², 16 at the rank 4 at which `products` is read.
-    "loha": Case(lf.LoHa, products=4, peft=Peft({"alpha": 8})),
+    "loha": Case(lf.LoHa, products=4, rank=squared, peft=Peft({"alpha": 8})),
     "hira": Case(
         lf.HiRA,
         remade=("aten.mm.default", "aten.mul.Tensor"),  # W ∘ (B A), which is not kept
@@ -274,7 +292,7 @@ CASES = {
         peft=Peft({"decompose_factor": 12, "decompose_both": True}),
         **second,
     ),
-    "abba": Case(lf.ABBA, fitting, products=4),
+    "abba": Case(lf.ABBA, fitting, products=4, rank=squared),
     "miss": Case(
         lf.MiSS,
         up_to(lambda o, i: i),
@@ -335,6 +353,7 @@ CASES = {
         smallest=2,
         multiple=2,
         moved=lambda variant: 2.0,  # the norm of H - I
+        rank=lambda variant: variant.n,
     ),
     "etherplus": Case(
         lambda r: lf.ETHERPlus(n=r),
@@ -343,6 +362,7 @@ CASES = {
         multiple=2,
         activations=1,  # base_out, for the gradient of its vectors
         products=4,  # of rank n and 2 sides, each a difference
+        rank=lambda variant: 4 * variant.n,
     ),
     "oft": Case(
         lambda r: lf.OFT(block_size=r),
@@ -473,12 +493,13 @@ CASES = {
     "antipastoarrow-data": Case(
         lambda r: arrow(r, pool="mean_abs", coeff=-0.8), from_two, smallest=2, **data, **second
     ),
-    "antipastodplr": Case(lambda r: lf.AntiPaSTODPLR(r=r, k=1), fitting, products=2),
+    "antipastodplr": Case(lambda r: lf.AntiPaSTODPLR(r=r, k=1), fitting, products=2, rank=within),
     "antipastodplr-data": Case(
         lambda r: lf.AntiPaSTODPLR(r=r, k=r, coeff=-0.8, suppress_only=True, pool="mean_abs"),
         fitting,
         noise=lambda n: -0.3 * n.abs(),
         products=3,
+        rank=within,
         **data,
         **second,
     ),

@@ -122,3 +122,13 @@ def test_parameters_see_no_tokens():
     adapter, params = lf.adapt(model, lf.LoRA(r=2), targets=targets)
     with pytest.raises(lf.LoraFuncError, match=r"acts on the parameters .* which see no tokens"):
         adapter(model, params, IDS, active=EVERYWHERE)
+
+
+def test_a_mask_that_the_model_would_ignore():
+    """Llama takes any argument. In the batch or given to a bound module, the mask would be lost."""
+    model, adapter, params = adapted()
+    batch = {"input_ids": IDS, "active": LATE}
+    with pytest.raises(lf.LoraFuncError, match="stands beside the batch"):
+        adapter(model, params, batch)
+    with pytest.raises(lf.LoraFuncError, match="a bound module acts on all tokens"):
+        lf.bind(adapter, model, params)(**batch)

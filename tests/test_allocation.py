@@ -97,3 +97,10 @@ def test_another_variant_or_other_gradients():
     state = allocator.init(adapter, params)
     with pytest.raises(lf.LoraFuncError, match=r"params or grads have no '0\.lora_A'"):
         allocator.step(state, params, {}, 0)
+
+
+def test_one_within_a_chain_is_refused():
+    rules = {"^0$": lf.AdaLoRA(r=R), "^2$": lf.Chain(lf.AdaLoRA(r=R), lf.IA3())}
+    adapter, params = lf.adapt(mlp(), rules, targets=TARGETS)
+    with pytest.raises(lf.LoraFuncError, match="'2' has an AdaLoRA within a Chain"):
+        lf.RankAllocator(target_r=TARGET, total=TOTAL).init(adapter, params)

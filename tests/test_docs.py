@@ -37,8 +37,8 @@ class Tokenizer:
 @pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
 @pytest.mark.parametrize(
     "page",
-    # trainers.md needs more packages: tests/trainers runs it.
-    [page for page in PAGES if blocks(page) and page.name != "trainers.md"],
+    # These need more packages: tests/trainers and tests/functional run them.
+    [p for p in PAGES if blocks(p) and p.name not in ("trainers.md", "functional.md")],
     ids=lambda page: page.name,
 )
 def test_code_blocks_run(page, tmp_path, monkeypatch):

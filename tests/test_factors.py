@@ -25,7 +25,7 @@ def test_who_has_factors():
     without = {case.example.name() for case in CASES.values() if not has_factors(case.example)}
     scaled_or_rotated = {"dora", "ia3", "ia3ff", "oft", "boft", "road", "hira"}
     of_full_rank = {"full", "shira", "lokr", "c3a", "fourierft", "randlora"}
-    assert without == scaled_or_rotated | of_full_rank
+    assert without == scaled_or_rotated | of_full_rank | {"chain"}  # of which one link is IA3
 
 
 @pytest.mark.parametrize("name", LOW_RANK)
@@ -38,14 +38,8 @@ def test_the_rank(name, data):
     r: Any = len(layer.init["A"]) if "A" in layer.names else getattr(variant, "r", None)
     anchored = {"A0", "bank0"} & layer.init.keys()
     expected = 2 * r if anchored else getattr(variant, "k", r)
-    if isinstance(variant, lf.AntiPaSTODPLR):  # its A and B are within the r directions
-        expected = variant.r
-    if isinstance(variant, (lf.ETHER, lf.ETHERPlus)):  # a difference of two, on two sides
-        expected = variant.n if isinstance(variant, lf.ETHER) else 4 * variant.n
-    if isinstance(variant, lf.GraLoRA):
-        expected = variant.k * variant.r + variant.hybrid_r
-    if isinstance(variant, (lf.LoHa, lf.ABBA)):  # a product entry by entry multiplies ranks
-        expected = r * r
+    if (rank := LOW_RANK[name].rank) is not None:
+        expected = rank(variant)
     assert len(A) == B.shape[1] == expected
 
 

@@ -83,6 +83,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "lora-ga": (config(init_lora_weights="lora_ga"), "rewrites by gradients"),
     "loftq": (config(init_lora_weights="loftq"), "set init_lora_weights to true"),
     "pissa, dora": (config(init_lora_weights="pissa", use_dora=True), "cannot be read"),
+    "aLoRA": (config(alora_invocation_tokens=[7]), "adapted_forward.* active=mask"),
     "an option": (config(use_qalora=True), "use_qalora=True cannot be read: lora_func has no such"),
     "a new option": (config(use_new=3), "use_new=3 cannot be read"),
     "rank 0": (config(r=0), "r must be"),

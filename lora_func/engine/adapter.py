@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..errors import LoraFuncError, listing, near_misses
+from ..errors import LoraFuncError, listing
 from ..libraries import accelerate
 from ..libraries.dynamo import Traceable
 from ..variant import Variant
@@ -20,7 +19,7 @@ from ..weights.experts import virtual_experts
 from ..weights.layer import LayerWeight
 from ..weights.parameter import ParameterWeight
 from ..weights.table import read
-from .batch import call_arguments, check_active
+from .batch import call_arguments, check_active, check_no_mask
 from .holder import entries_of
 from .keys import SHARED, by_path, key_mismatch
 from .layer import AdaptedLayer, check_bare, overrides
@@ -29,6 +28,7 @@ from .messages import explained, missing_modules
 from .parameters import parameter_of
 from .reach import Reach, View
 from .refused import check_base
+from .replace import replaced
 from .sites import Base, Found, Site
 from .survey import survey
 from .tensor import AdaptedTensor, experts_apart, shown
@@ -161,6 +161,7 @@ class Adapter:
         """The same. `watched`: whether to tell of layers that do not run."""
         args, kwargs = call_arguments(batch)
         check_model(model)
+        check_no_mask(model, kwargs)
         self.check(params)
         if active is not None:
             check_active(active, [path for path, base in self.base.items() if base.tensor])
@@ -203,7 +204,10 @@ class Adapter:
         sites = [Found(site.path, site.variant, weights[site.path]) for site in self._sites]
         check_stats(sites, stats)
         start = {key: self.frozen[f"{key}0"] for key in self.shapes if f"{key}0" in self.frozen}
-        found = [site for site in sites if not start.keys() >= set(self.keys_of(site.path))]
+        found = []
+        for site, (path, variant, weight) in zip(self._sites, sites):
+            if names := [name for name, (key, _) in site.leaves.items() if key not in start]:
+                found.append(Found(path, variant.drawing(names), weight))
         if found:
             start = {**draw(found, generator, stats).trainable, **start}
         for key, shape in self.shapes.items():
@@ -225,14 +229,7 @@ class Adapter:
         Raises:
             LoraFuncError: a field that no variant has; a value that needs other parameters.
         """
-        parts = [part for variant in self.variants.values() for part in variant.parts()]
-        known = {field.name for part in parts for field in dataclasses.fields(part)}
-        if unknown := [name for name in fields if name not in known]:
-            raise LoraFuncError(
-                f"no variant of this adapter has a field {listing(unknown)}."
-                f"{near_misses(unknown[0], known)}"
-            )
-        variants = {path: replaced(variant, fields) for path, variant in self.variants.items()}
+        variants = replaced(self.variants, fields)
         shapes = {key: torch.empty(shape, device="meta") for key, shape in self.shapes.items()}
         leaves = {**shapes, **self.frozen}
         needed = blank(variants, self.base, leaves)
@@ -421,19 +418,6 @@ class Adapter:
         parts = self.variants, self.shapes, self.frozen, self.base
         make = functools.partial(Adapter, dropout=self.dropout)
         return make, (*map(dict, parts), self.dtype)
-
-
-def replaced(variant: Variant, fields: Mapping[str, Any]) -> Variant:
-    """The variant, or the links of a chain, with those `fields` that it has."""
-    own = {}
-    for field in dataclasses.fields(variant):
-        old = getattr(variant, field.name)
-        if field.name in fields:
-            new = fields[field.name]
-            own[field.name] = new(old) if callable(new) else new
-        elif isinstance(old, tuple):
-            own[field.name] = tuple(replaced(link, fields) for link in old)
-    return dataclasses.replace(variant, **own)
 
 
 def check_model(model: Any) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import LoraFuncError, listing
 
@@ -47,4 +48,16 @@ def check_active(active: Any, parameters: Sequence[str]) -> None:
         raise LoraFuncError(
             f"active= was given, and the adapter acts on the parameters {listing(parameters)}, "
             "which see no tokens: leave them out of the targets"
+        )
+
+
+def check_no_mask(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Raises LoraFuncError for `active` among the arguments of a model that has no such argument.
+
+    Many models take any argument and ignore it: the adapter would then act on all tokens.
+    """
+    if "active" in kwargs and "active" not in inspect.signature(model.forward).parameters:
+        raise LoraFuncError(
+            f"{type(model).__name__} has no argument `active`. It stands beside the batch, as in "
+            "adapted_forward(model, params, batch, active=mask); a bound module acts on all tokens"
         )

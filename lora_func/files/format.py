@@ -184,6 +184,13 @@ def is_plain(value: object) -> bool:
     return isinstance(value, (bool, int, str, type(None)))
 
 
+def are_links(value: object) -> bool:
+    """Whether `value` is [[name, {field: value}], ..], the links of a chain."""
+    return isinstance(value, list) and all(
+        isinstance(link, list) and [type(part) for part in link] == [str, dict] for link in value
+    )
+
+
 def make_variant(
     name: str, fields: Mapping[str, Any], catalogue: Mapping[str, type[Variant]]
 ) -> Variant:
@@ -198,7 +205,7 @@ def make_variant(
     given = {}
     for old, value in fields.items():
         field = kind.renamed.get(old, old)
-        links = isinstance(value, list)
+        links = are_links(value)
         if not links and not is_plain(value):
             raise LoraFuncError(
                 f"field {old!r} of {name!r} is not a number, a string, a boolean or None"

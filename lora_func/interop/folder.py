@@ -113,7 +113,8 @@ def shapes_of(folder: Path) -> dict[str, Shape]:
         raise LoraFuncError(f"there is no file {str(path)!r}: save the adapter as safetensors")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            keys = list(file.keys())
+            return {key: tuple(file.get_slice(key).get_shape()) for key in keys}
     except (SafetensorError, OSError) as error:
         raise LoraFuncError(f"{str(path)!r} cannot be read ({error})") from error
 

@@ -24,11 +24,13 @@ from .layer import Layer
 def rounding_at_init(variant: Variant, dtype: torch.dtype) -> float:
     """How far the output at init may be from the base output, relative to x in `dtype`.
 
-    0 for "exact". A variant that is exact up to "rounding" rounds in each of its r steps.
+    0 for "exact". A variant that is exact up to "rounding" rounds in each of its r steps, and a
+    chain in those of all its links.
     """
     if variant.card.at_init == "exact":
         return 0.0
-    return 8 * torch.finfo(dtype).eps * getattr(variant, "r", 1)
+    steps = sum(getattr(part, "r", 1) for part in variant.parts())
+    return 8 * torch.finfo(dtype).eps * steps
 
 
 def has_closed_form(variant: Variant) -> bool:

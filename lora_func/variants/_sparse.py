@@ -57,7 +57,8 @@ def sparse_product(
     """
     if torch.compiler.is_compiling():  # which traces no jvp, and itself chooses what to keep
         return F.linear(x, make(v, rows, cols, shape).to(x.dtype))
-    return SparseProduct.apply(x, v, rows, cols, shape, make, adjoint)
+    # d_out alone: under nested transforms torch takes a tuple of numbers apart.
+    return SparseProduct.apply(x, v, rows, cols, shape[0], make, adjoint)
 
 
 class SparseProduct(torch.autograd.Function):
@@ -66,12 +67,13 @@ class SparseProduct(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, v, rows, cols, shape, make, adjoint):  # pyright: ignore  # noqa: PLR0917
-        return F.linear(x, make(v, rows, cols, shape).to(x.dtype))
+    def forward(x, v, rows, cols, d_out, make, adjoint):  # pyright: ignore  # noqa: PLR0917
+        return F.linear(x, make(v, rows, cols, (d_out, x.shape[-1])).to(x.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
-        *tensors, ctx.shape, ctx.make, ctx.adjoint = inputs
+        *tensors, d_out, ctx.make, ctx.adjoint = inputs
+        ctx.shape = d_out, tensors[0].shape[-1]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 

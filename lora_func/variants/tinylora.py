@@ -37,7 +37,7 @@ class TinyLoRA(Product):
         formula="base_out + ((x Aᵀ) (Σ v_i P_i)ᵀ) Bᵀ",
         trainable={"v": "n"},
         reads="init",
-        lr=0.03,
+        lr=0.01,
         peft=Peft("TinyLoraConfig"),
         beside_peft="the same function; PEFT draws the P_i from a seed of its own",
     )

@@ -140,9 +140,11 @@ def test_identity_at_init(variant, kind, device):
     model, batch = pair(kind, device)[0].eval(), batch_on(device)
     adapter, params = lf.adapt(model, variant, targets=Q_V_DOWN, **calibration(variant, device))
     logits, expected = adapter(model, params, batch).logits, model(**batch).logits
-    if variant.card.at_init == "rounding" and kind == "int8":
-        # A rounded input may fall to the next int8 code.
-        assert (logits - expected).abs().max() <= 0.1 * expected.abs().max()
+    if variant.card.at_init == "rounding":
+        # A rounded input may fall to the next int8 code, or to the next bfloat16, to which the
+        # kernel of 4-bit layers rounds it on some CPUs.
+        step = 0.1 if kind == "int8" else 2.0**-8
+        assert (logits - expected).abs().max() <= step * expected.abs().max()
     else:
         assert_at_base(variant, logits, expected)
     _, grads = lf.value_and_grad(loss_of(model, adapter, batch))(params)

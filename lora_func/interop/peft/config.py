@@ -23,6 +23,13 @@ COMMON = (
     *("trainable_token_indices", "ensure_weight_tying"),
 )
 """Fields of all methods. Where the adapter is, the keys of its tensors tell."""
+INSTEAD = {
+    "alora_invocation_tokens": (
+        "Its tensors are those of a plain LoRA. Remove the field from the config, load the folder, "
+        "and say on which tokens it acts: adapted_forward(model, params, batch, active=mask)"
+    ),
+}
+"""Fields that are no part of an adapter here -> what does the same."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -133,7 +140,7 @@ def check_known(method: Method, config: Mapping[str, Any]) -> None:
         if value and name not in known and not name.startswith("init_"):
             raise LoraFuncError(
                 f"{config['peft_type']} with {name}={value!r} cannot be read: lora_func has no "
-                "such option, and without it the adapter would be another"
+                f"such option, and without it the adapter would be another. {INSTEAD.get(name, '')}"
             )
 
 
