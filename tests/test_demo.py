@@ -17,8 +17,11 @@ from transformers import PreTrainedTokenizerFast
 
 import lora_func as lf
 from lora_func.demo import data
-from lora_func.demo.__main__ import TRAINABLE, Demo, answered, encode, main, variant_of
+from lora_func.demo import report as pages
+from lora_func.demo.__main__ import TRAINABLE, Demo, main, variant_of
+from lora_func.demo.answers import answered, encode, solution, solve, wilson
 from lora_func.demo.model import embedded, gguf_file
+from lora_func.demo.training import rates_around
 
 
 def test_any_variant_of_the_catalogue():
@@ -45,7 +48,7 @@ def test_word_problems_are_right_and_repeat():
     problems = data.word_problems(200, seed=3)
     assert problems == data.word_problems(200, seed=3)
     assert problems != data.word_problems(200, seed=4)
-    assert len({problem.question for problem in problems}) > 150
+    assert len({problem.question for problem in problems}) == 200  # none is trained on and held out
     for problem in problems:
         equations = re.findall(r"(\d+) ([*+-]) (\d+) = \$?(-?\d+)", problem.answer)
         assert equations
@@ -59,17 +62,17 @@ def test_word_problems_are_right_and_repeat():
 def test_examples_from_a_folder(tmp_path):
     lines = [json.dumps({"question": f"q{i}", "answer": f"a{i}"}) for i in range(10)]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
-    train, held_out, source = data.find_examples(tmp_path, 20, 3, seed=0)
+    train, held_out, source = data.find_examples(str(tmp_path), 20, 3, seed=0)
     assert {example.question for example in train} == {f"q{i}" for i in range(7)}
     assert [example.answer for example in held_out] == ["a7", "a8", "a9"]
     assert source == str(tmp_path)
     (tmp_path / "test.jsonl").write_text(lines[0])
-    assert len(data.find_examples(tmp_path, 20, 3, seed=0)[0]) == 10
+    assert len(data.find_examples(str(tmp_path), 20, 3, seed=0)[0]) == 10
 
 
 def test_the_format_of_gsm8k(gsm8k):
     """The real files: a question, and an answer that ends in its number after ####."""
-    train, held_out, source = data.find_examples(gsm8k, 50, 10, seed=0)
+    train, held_out, source = data.find_examples(str(gsm8k), 50, 10, seed=0)
     assert (len(train), len(held_out), source) == (50, 10, str(gsm8k))
     for example in (*train, *held_out):
         assert example.question
@@ -93,21 +96,20 @@ def test_bad_data(tmp_path, content, message):
     if content is not None:
         (tmp_path / "train.jsonl").write_text(content)
     with pytest.raises(lf.LoraFuncError, match=message):
-        data.find_examples(tmp_path, 4, 2, seed=0)
+        data.find_examples(str(tmp_path), 4, 2, seed=0)
 
 
-def test_without_a_folder_and_without_the_hub(monkeypatch, capsys):
-    """The demo says that the hub did not answer, and why, and generates word problems."""
+def test_generated_problems_and_a_hub_that_does_not_answer(monkeypatch):
+    """Nothing is asked of the hub unless it is named; then the error says what happened."""
 
     def no_network(*_, **__):
         raise OSError("no network")
 
     monkeypatch.setattr(data.HfApi, "dataset_info", no_network)
-    train, held_out, source = data.find_examples(None, 6, 2, seed=0)
-    assert (len(train), len(held_out)) == (6, 2)
-    made = "word problems made by lora_func (the hub did not answer; --data takes a folder"
-    assert made in source
-    assert "the hub did not answer (OSError: no network)" in capsys.readouterr().out
+    train, held_out, source = data.find_examples("generated", 6, 2, seed=0)
+    assert (len(train), len(held_out), source) == (6, 2, "word problems made by lora_func")
+    with pytest.raises(lf.LoraFuncError, match=r"the hub did not answer \(OSError: no network\)"):
+        data.find_examples("openai/gsm8k", 6, 2, seed=0)
 
 
 class Characters:
@@ -166,7 +168,7 @@ def test_a_short_run_on_the_real_model(tmp_path, capsys):
         batch_size=2,
         length=96,
         held_out=2,
-        data=tmp_path,
+        data=str(tmp_path),
         device="cpu",
         out=out,
     )
@@ -178,13 +180,24 @@ def test_a_short_run_on_the_real_model(tmp_path, capsys):
     assert (result["targets"], result["trainable"]) == (60, 30 * (q_proj + v_proj))
     assert result["loss after"] < result["loss before"]
     assert len(result["losses"]) == 3
-    assert result["completion before"]
+    held_out = result["held-out losses"]
+    assert [step for step, _ in held_out] == [0, 1, 2, 3]
+    assert (held_out[0][1], held_out[-1][1]) == (result["loss before"], result["loss after"])
+    assert [one["question"] for one in result["samples"]] == [p.question for p in problems[-2:]]
+    for when in ("before", "after"):
+        right = [one[when]["right"] for one in result["samples"]]
+        assert result[f"exact match {when}"] | {"interval": 0} == {
+            "right": sum(right),
+            "of": 2,
+            "interval": 0,
+        }
     written = sorted(file.name for file in out.iterdir())
     assert written == ["adapter.safetensors", "loss.png", "report.md", "result.json"]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     report = (out / "report.md").read_text()
     assert "| base unchanged      | True" in report
-    assert result["question"] in report
+    assert all(one["question"] in report for one in result["samples"])
+    assert "Exact match " in report
     assert "loss after" in capsys.readouterr().out
 
 
@@ -204,7 +217,7 @@ def folder(tmp_path):
 def short(folder, **options) -> Demo:
     """A run on the tiny model, of two steps."""
     small = {"steps": 2, "batch_size": 2, "held_out": 2, "length": 40, "device": "cpu"}
-    paths = {"model": str(folder), "data": folder, "out": folder / "out"}
+    paths = {"model": str(folder), "data": str(folder), "out": folder / "out"}
     return Demo(**{**small, **paths, **options})
 
 
@@ -230,3 +243,82 @@ def test_a_run_whose_answers_are_all_cut_off(folder, cut):
     with pytest.raises(lf.LoraFuncError, match="length=40 cuts off the answer of every example"):
         main(short(folder))
     assert not (folder / "out").exists()
+
+
+def test_several_learning_rates_in_one_pass(folder):
+    """Each member ends where it would end alone. The page shows them all, and one in detail."""
+    together = main(short(folder, rates=3, lr=0.1))
+    found = together["losses by learning rate"]
+    assert [lr for lr, _ in found] == pytest.approx([0.1 * 10**x for x in (-0.5, 0, 0.5)])
+    assert together["learning rate"] == found[1][0]
+    for lr, loss in found:
+        alone = main(short(folder, rates=1, lr=lr, out=folder / "alone"))
+        assert alone["loss after"] == pytest.approx(loss, abs=1e-5)  # float32, other kernels
+        assert alone["losses by learning rate"] == [[lr, alone["loss after"]]]
+    assert len({round(loss, 4) for _, loss in found}) == 3  # the rates do act
+    page = (folder / "out" / "report.md").read_text()
+    assert "3 adapters trained in one pass" in page
+    assert f"| {found[2][0]:.2g}" in page
+    assert "adapters trained" not in (folder / "alone" / "report.md").read_text()
+
+
+def test_no_learning_rate(folder):
+    with pytest.raises(lf.LoraFuncError, match="rates=0: expected the number of learning rates"):
+        main(short(folder, rates=0))
+
+
+def test_rates_around_a_rate():
+    assert rates_around(0.5, 1) == [0.5]
+    eight = rates_around(1e-3, 8)
+    assert eight[4] == 1e-3
+    assert (eight[0], eight[-1]) == pytest.approx((1e-5, 10**-1.5))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("7 * 5 = $35.\n#### 15", "15"),
+        ("#### 1,024\nQuestion: 3", "1024"),
+        ("10.\n\nThe answer is: 12.", "12"),
+        ("24 - 30 = -6", "-6"),
+        (" yes\n", "yes"),
+        ("####", "####"),
+    ],
+)
+def test_what_counts_as_the_solution(text, number):
+    assert solution(text) == number
+
+
+def test_wilson():
+    """The values of statsmodels.stats.proportion.proportion_confint(method="wilson")."""
+    assert wilson(81, 263) == pytest.approx([0.2553, 0.3662], abs=1e-4)
+    assert wilson(0, 20) == pytest.approx([0.0, 0.1611], abs=1e-4)
+
+
+def test_a_batch_is_answered_as_each_question_alone(folder):
+    """Padding on the left changes no completion, and a true answer counts as right."""
+    model, tokenizer = tiny_llama(), PreTrainedTokenizerFast.from_pretrained(folder)
+    examples = [data.Example(q, "1") for q in ("1+1?", "a question: 1+1?")]
+    together = solve(model, tokenizer, examples)
+    assert together.right == [solution(text) == "1" for text in together.completions]
+    for example, completion in zip(examples, together.completions):
+        assert solve(model, tokenizer, [example]).completions == [completion]
+
+
+def test_a_verdict_says_plainly_what_happened():
+    def verdict(before: int, after: int) -> str:
+        exact = [{"right": n, "of": 32, "interval": wilson(n, 32)} for n in (before, after)]
+        return pages.verdict(dict(zip(pages.EXACT, exact)))
+
+    assert verdict(0, 20).startswith("Exact match improved: 0 before training and 20 after, of 32")
+    assert "rose, but the intervals overlap" in verdict(3, 5)
+    assert "did not improve" in verdict(3, 3)
+    assert "did not improve" in verdict(3, 1)
+
+
+def test_a_sample_has_a_tick_or_a_cross():
+    each = {"before": ("1", False), "after": ("2\n#### 2", True)}
+    marked = {when: {"completion": c, "right": r} for when, (c, r) in each.items()}
+    text = pages.sample({"question": "1+1?", "answer": "2", **marked})
+    assert "\u2717 before:\n\n> 1" in text
+    assert "\u2713 after:\n\n> 2\n> #### 2" in text

