@@ -29,8 +29,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", flags=re.S | re.M)
 ELSEWHERE = ("trainers.md", "functional.md", "quantized.md")  # in folders with those packages
 
-# What a newcomer may see, and no error of the page.
+# All but a few warnings are errors.
 WARNINGS = (
+    "error",
     "ignore:`torch.jit.script",  # torch's own forward-mode derivatives
     "ignore:`gradient_checkpointing_enable:FutureWarning",  # the name of transformers 5.2
     "ignore:`gradient_checkpointing_disable:FutureWarning",
@@ -66,25 +67,34 @@ def python(page: Path) -> list[str]:
     return [code for language, code in found if language == "python"]
 
 
-def program(page: Path) -> str:
-    """The Python blocks of a page, each on its own lines: a traceback names lines of the page."""
+def program(page: Path, after_each: str = "") -> str:
+    """The Python blocks of a page, each on its own lines: a traceback names lines of the page.
+
+    `after_each` is a line of a test, in the place of the line that ends a block.
+    """
     text, lines = page.read_text(encoding="utf-8"), []
     for found in FENCED.finditer(text):
         if found[1] == "python":
             lines += [""] * (text.count("\n", 0, found.start(2)) - len(lines))
-            lines += found[2].splitlines()
+            lines += [*found[2].splitlines(), after_each]
     return "\n".join(lines) + "\n"
 
 
 def run(
-    page: Path, folder: Path, hub: Path, then: str = "", warnings: Sequence[str] = WARNINGS
+    page: Path,
+    folder: Path,
+    hub: Path,
+    *,
+    after_each: str = "",
+    then: str = "",
+    warnings: Sequence[str] = WARNINGS,
 ) -> None:
     """Runs a page in an empty folder, and then what a test asserts of its names."""
     path = folder / page.name
-    path.write_text(program(page) + then, encoding="utf-8")
+    path.write_text(program(page, after_each) + then, encoding="utf-8")
     environment = {**os.environ, "HF_HOME": str(hub), "HF_HUB_CACHE": str(hub / "hub")}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    filters = [word for given in ("error", *warnings) for word in ("-W", given)]
+    filters = [word for given in warnings for word in ("-W", given)]
     process = subprocess.run(
         [sys.executable, *filters, path.name],
         cwd=folder,
