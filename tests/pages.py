@@ -67,12 +67,12 @@ def python(page: Path) -> list[str]:
     return [code for language, code in found if language == "python"]
 
 
-def program(page: Path, after_each: str = "") -> str:
+def program(page: Path, first: str = "", after_each: str = "") -> str:
     """The Python blocks of a page, each on its own lines: a traceback names lines of the page.
 
-    `after_each` is a line of a test, in the place of the line that ends a block.
+    `first` and `after_each` are lines of a test, in the place of the title and of each block's end.
     """
-    text, lines = page.read_text(encoding="utf-8"), []
+    text, lines = page.read_text(encoding="utf-8"), [first]
     for found in FENCED.finditer(text):
         if found[1] == "python":
             lines += [""] * (text.count("\n", 0, found.start(2)) - len(lines))
@@ -85,13 +85,14 @@ def run(
     folder: Path,
     hub: Path,
     *,
+    first: str = "",
     after_each: str = "",
     then: str = "",
     warnings: Sequence[str] = WARNINGS,
 ) -> None:
     """Runs a page in an empty folder, and then what a test asserts of its names."""
     path = folder / page.name
-    path.write_text(program(page, after_each) + then, encoding="utf-8")
+    path.write_text(program(page, first, after_each) + then, encoding="utf-8")
     environment = {**os.environ, "HF_HOME": str(hub), "HF_HUB_CACHE": str(hub / "hub")}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     filters = [word for given in warnings for word in ("-W", given)]

@@ -6,7 +6,6 @@ import json
 import pkgutil
 import re
 import subprocess
-import sys
 import types
 
 import pytest
