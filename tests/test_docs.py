@@ -29,6 +29,12 @@ def test_a_page_runs_as_pasted(page, tmp_path, hub):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_block_is_passed_over(page):
+    """Blocks of another spelling, or indented in a list, would not run."""
+    assert page.read_text(encoding="utf-8").count("```py") == len(python(page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_is_narrow(page):
     """Wider lines are cut off on a phone and beside a table of contents."""
     code = "".join(found[2] for found in FENCED.finditer(page.read_text(encoding="utf-8")))
