@@ -49,3 +49,13 @@ def gsm8k() -> Path:
         # A lone checkout has none: the data is not ours to copy. Other tests read lines of our own.
         pytest.skip(f"needs GSM8K as train.jsonl in {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory) -> Path:
+    """The home of a hub that has tiny models under the names that the pages use."""
+    import pages  # noqa: PLC0415  # it imports transformers, which few tests need
+
+    home = tmp_path_factory.mktemp("hub")
+    pages.fill(home / "hub")
+    return home

@@ -6,57 +6,39 @@ import json
 import pkgutil
 import re
 import subprocess
-import sys
 import types
-from pathlib import Path
 
 import pytest
 import tables
-import torch
-import transformers
-from architectures import ARCHITECTURES
-from models import text_batch, tiny_llama
+from pages import ELSEWHERE, FENCED, PAGES, ROOT, python, run
 
 import lora_func as lf
 from lora_func import checks, linalg, statistics, testing
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WIDTH = 80
 
 
-def blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
-
-
-class Tokenizer:
-    def __call__(self, text: str, return_tensors: str) -> dict[str, torch.Tensor]:
-        return text_batch()
-
-
-# The older name of a switch, which the pages use, warns so.
-@pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
 @pytest.mark.parametrize(
     "page",
-    # These need more packages: tests/trainers and tests/functional run them.
-    [p for p in PAGES if blocks(p) and p.name not in ("trainers.md", "functional.md")],
+    [page for page in PAGES if python(page) and page.name not in ELSEWHERE],
     ids=lambda page: page.name,
 )
-def test_code_blocks_run(page, tmp_path, monkeypatch):
-    """They run in order, in one namespace, with a small model in place of the named one."""
-    monkeypatch.chdir(tmp_path)
-    torch._dynamo.reset()
-    loaders = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
-    for loader, make in zip(loaders, (tiny_llama, Tokenizer)):
-        monkeypatch.setattr(loader, "from_pretrained", lambda name, make=make: make())
-    batch = text_batch()
-    # Dataclasses and dynamo look globals up in sys.modules, so the page is a module there.
-    module = types.ModuleType("page")
-    monkeypatch.setitem(sys.modules, "page", module)
-    vars(module).update(torch=torch, lf=lf, model=tiny_llama(), batch=batch, batches=[batch, batch])
-    classifier = transformers.LlamaForSequenceClassification(tiny_llama().config)
-    vars(module).update(mixtral=ARCHITECTURES["mixtral"][0](), classifier=classifier)
-    for block in blocks(page):
-        exec(compile(block, str(page), "exec"), vars(module))
+def test_a_page_runs_as_pasted(page, tmp_path, hub):
+    """From top to bottom, in one fresh process."""
+    run(page, tmp_path, hub)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_block_is_passed_over(page):
+    """Blocks of another spelling, or indented in a list, would not run."""
+    assert page.read_text(encoding="utf-8").count("```py") == len(python(page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_is_narrow(page):
+    """Wider lines are cut off on a phone and beside a table of contents."""
+    code = "".join(found[2] for found in FENCED.finditer(page.read_text(encoding="utf-8")))
+    assert [line for line in code.splitlines() if len(line) > WIDTH] == []
 
 
 def test_every_public_name_is_on_the_api_page():

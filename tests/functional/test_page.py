@@ -1,34 +1,29 @@
-"""The code of docs/functional.md runs, in order, in one namespace."""
+"""docs/functional.md runs as it is pasted, and its numbers fit together."""
 
 from __future__ import annotations
 
-import sys
-import types
+from pages import ROOT, WARNINGS, run
 
-import by_hand
-import torch
-from models import state_of
-from test_docs import ROOT, blocks
-from torch.utils.data import DataLoader, TensorDataset
+THEN = """
+assert features.shape == (3, 64)
+assert torch.allclose(by_member.softmax(-1).mean(0), prediction, atol=1e-5)
+assert all((leaf >= 1).all() for leaf in precision.values())
+assert any((leaf > 1).any() for leaf in precision.values())
+assert product.isfinite().all() and product.any()
+assert probabilities.shape == (3, 3)
+assert epsilon > 0
+assert all(leaf.grad.any() for leaf in written.values())
+base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=3).state_dict()
+base.pop("score.weight")  # drawn anew
+assert all(torch.equal(model.state_dict()[key], weight.float()) for key, weight in base.items())
+"""
+OTHERS = (
+    "ignore:The Tensor default of the field:FutureWarning",  # of tensordict, in posteriors
+)
 
-import lora_func as lf
 
-
-def test_the_page_runs(monkeypatch):
-    own = by_hand.toy(dtype=torch.float32)
-    before = state_of(own.model)
-    loader = DataLoader(TensorDataset(own.ids, own.labels), batch_size=3)
-    page = types.ModuleType("page")
-    monkeypatch.setitem(sys.modules, "page", page)
-    vars(page).update(
-        lf=lf, torch=torch, model=own.model, ids=own.ids, labels=own.labels, loader=loader
-    )
-    for block in blocks(ROOT / "docs" / "functional.md"):
-        exec(compile(block, "docs/functional.md", "exec"), vars(page))
-    assert page.features.shape == (len(own.ids), 64)
-    assert torch.allclose(page.by_member.softmax(-1).mean(0), page.prediction, atol=1e-5)
-    assert all((leaf >= 1).all() for leaf in page.precision.values())
-    assert page.probabilities.shape == (len(own.ids), by_hand.CLASSES)
-    assert page.epsilon > 0
-    assert all(leaf.grad.abs().max() > 0 for leaf in page.written.values())
-    assert state_of(own.model) == before
+def test_the_page_runs(tmp_path, hub):
+    """Laplace imports torchvision, which may need help to be imported."""
+    page, help = ROOT / "docs" / "functional.md", str(ROOT / "tests")
+    first = f"import sys; sys.path.append({help!r}); import torchvision_operators"
+    run(page, tmp_path, hub, first=first, then=THEN, warnings=(*WARNINGS, *OTHERS))

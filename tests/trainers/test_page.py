@@ -1,65 +1,31 @@
-"""The code of docs/trainers.md runs, in order, in one namespace."""
+"""docs/trainers.md runs as it is pasted, and each of its recipes trains."""
 
 from __future__ import annotations
 
-import sys
-import types
-from functools import partial
+from pages import ROOT, python, run
 
-import pytest
-import torch
-import torch.distributed as dist
-import trl
-from datasets import Dataset
-from models import largest, text_batch
-from test_docs import ROOT, blocks
-from test_trl import CHATS, PAIRS, PROMPTS, reward
-from toys import ROWS, base, copies, rows, tokenizer, weights
-from transformers import default_data_collator
+PAGE = ROOT / "docs" / "trainers.md"
+TRAINS = [
+    any(call in block for call in (".train()", ".train(resume", ".fit(", "backward("))
+    for block in python(PAGE)
+]
+AFTER_EACH = (
+    'seen = [*globals().get("seen", []), '
+    '{key: leaf.detach().clone() for key, leaf in globals().get("params", {}).items()}]'
+)
+THEN = f"""
+trained = [leaves for leaves, trains in zip(seen, {TRAINS}) if trains]
+assert len(trained) == 11
+# B starts at zero, or in two of them at a file.
+assert all(leaf.any() for leaves in trained for leaf in leaves.values())
+once, resumed, _, sft, _, dpo, *_ = trained
+assert all(torch.equal(once[key], resumed[key]) for key in once)
+assert not all(torch.equal(sft[key], dpo[key]) for key in sft)
+base = AutoModelForCausalLM.from_pretrained(name).state_dict()
+assert all(torch.equal(base[key], weight) for key, weight in model.state_dict().items())
+"""
 
-import lora_func as lf
 
-# Of Trainer, TRL and Lightning themselves, of settings that the page leaves as they are.
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def test_the_page_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-    alone = partial(dist.init_process_group, rank=0, world_size=1, store=store)
-    monkeypatch.setattr(dist, "init_process_group", alone)  # which torchrun would tell it
-    for name in ("SFTConfig", "DPOConfig", "GRPOConfig"):  # they want a GPU, or to be told
-        monkeypatch.setattr(trl, name, partial(getattr(trl, name), use_cpu=True))
-    model = base()
-    before, seen = weights(model), []
-    page = types.ModuleType("page")
-    monkeypatch.setitem(sys.modules, "page", page)
-    vars(page).update(
-        lf=lf,
-        torch=torch,
-        model=model,
-        batch=text_batch(),
-        dataset=rows(),
-        loader=torch.utils.data.DataLoader(
-            rows(),  # pyright: ignore
-            batch_size=ROWS,
-            collate_fn=default_data_collator,
-        ),
-        chats=Dataset.from_list(CHATS),
-        pairs=Dataset.from_list(PAIRS),
-        prompts=Dataset.from_list(PROMPTS),
-        reward=reward,
-        tokenizer=tokenizer(),
-    )
-    for block in blocks(ROOT / "docs" / "trainers.md"):
-        exec(compile(block, "docs/trainers.md", "exec"), vars(page))
-        if any(call in block for call in (".train(", ".fit(", "backward(")):
-            seen.append(copies(page.params))
-    dist.destroy_process_group()
-    assert len(seen) == 10
-    # Each recipe has trained what is in `params`: B starts at zero, or in two of them at a file.
-    assert all(leaf.abs().max() > 0 for leaves in seen for leaf in leaves.values())
-    once, resumed, _, sft, _, dpo, *_ = seen
-    assert largest(once, resumed) == 0
-    assert largest(sft, dpo) > 0
-    assert largest(weights(model), before) == 0
+def test_the_page_runs(tmp_path, hub):
+    """Trainer, TRL and Lightning warn of settings that the page leaves as they are."""
+    run(PAGE, tmp_path, hub, after_each=AFTER_EACH, then=THEN, warnings=())
