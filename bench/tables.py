@@ -6,13 +6,13 @@ date; `python bench/tables.py` writes all of them anew.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import predicted
+from common import RESULTS, read
 from sweep import report
 from tabulate import tabulate
 
@@ -20,7 +20,6 @@ import lora_func as lf
 from lora_func.card import TARGETS
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 
 
@@ -121,16 +120,6 @@ def needs() -> str:
 def reference() -> str:
     """The entries of the API page."""
     return "\n\n".join(f"::: {kind.__module__}.{kind.__name__}" for kind in lf.VARIANTS.values())
-
-
-def read(name: str) -> tuple[dict[str, Any], str]:
-    """`(results, where they were measured)`."""
-    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    where = result["where"]
-    packages = ("torch", "transformers", "peft", "bitsandbytes")
-    versions = ", ".join(f"{name} {where[name]}" for name in packages if name in where)
-    ran_on = f"{where['device']}; {versions}; commit {where['commit']}"
-    return result, ran_on
 
 
 def overhead(kind: str) -> str:
@@ -442,6 +431,18 @@ def cost_headline() -> str:
     return f"{markdown(cells, ['', 'lora_func', 'PEFT'])}\n\n{about} {ran_on}."
 
 
+def peaks(found: list[predicted.Peak], name: str) -> str:
+    """What the calculator says beside what was measured."""
+    _, ran_on = read(name)
+    rows = [["the base", f"{found[0].base:,.1f}", f"{found[0].measured_base:,.1f}"]]
+    rows += [[row.variant, f"{row.adapted:,.1f}", f"{row.measured:,.1f}"] for row in found]
+    sizes = [(found[0].base, found[0].measured_base)]
+    sizes += [(row.adapted, row.measured) for row in found]
+    for cells, (counted, measured) in zip(rows, sizes):
+        cells.append(f"{counted / measured - 1:+.1%}")
+    return f"{markdown(rows, ['MiB', 'counted', 'measured', 'off'])}\n\n{ran_on}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "sweep-findings": lambda: sweep_findings("h200"),
     "sweep-about": lambda: sweep_about("h200"),
@@ -460,6 +461,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead-h100": lambda: overhead("h100"),
     "launches-h100": lambda: launches("h100"),
     "cost": cost,
+    "peaks-model": lambda: peaks(predicted.language_model(), "overhead-h100"),
+    "peaks-layers": lambda: peaks(predicted.layers(), "cost-h200"),
     "experts": experts,
     "population-headline": lambda: headline("h100"),
     "view-cpu": lambda: view("cpu"),
