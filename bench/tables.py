@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import predicted
 from common import RESULTS, read
 from sweep import report
 from tabulate import tabulate
@@ -431,16 +430,23 @@ def cost_headline() -> str:
     return f"{markdown(cells, ['', 'lora_func', 'PEFT'])}\n\n{about} {ran_on}."
 
 
-def peaks(found: list[predicted.Peak], name: str) -> str:
-    """What the calculator says beside what was measured."""
-    _, ran_on = read(name)
-    rows = [["the base", f"{found[0].base:,.1f}", f"{found[0].measured_base:,.1f}"]]
-    rows += [[row.variant, f"{row.adapted:,.1f}", f"{row.measured:,.1f}"] for row in found]
-    sizes = [(found[0].base, found[0].measured_base)]
-    sizes += [(row.adapted, row.measured) for row in found]
-    for cells, (counted, measured) in zip(rows, sizes):
-        cells.append(f"{counted / measured - 1:+.1%}")
-    return f"{markdown(rows, ['MiB', 'counted', 'measured', 'off'])}\n\n{ran_on}."
+def peaks(of: str) -> str:
+    """What the calculator counts beside what was measured."""
+    result, _ = read("predicted-cpu")
+    _, ran_on = read(of)
+    rows = [
+        [
+            row["variant"],
+            f"{row['counted']:,.1f}",
+            f"{row['measured']:,.1f}",
+            f"{row['counted'] / row['measured'] - 1:+.1%}",
+        ]
+        for row in result["rows"]
+        if row["of"] == of
+    ]
+    commit = result["where"]["commit"]
+    headers = ["MiB", "counted", "measured", "off"]
+    return f"{markdown(rows, headers)}\n\nMeasured: {ran_on}. Counted: commit {commit}."
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -461,8 +467,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead-h100": lambda: overhead("h100"),
     "launches-h100": lambda: launches("h100"),
     "cost": cost,
-    "peaks-model": lambda: peaks(predicted.language_model(), "overhead-h100"),
-    "peaks-layers": lambda: peaks(predicted.layers(), "cost-h200"),
+    "peaks-model": lambda: peaks("overhead-h100"),
+    "peaks-layers": lambda: peaks("cost-h200"),
     "experts": experts,
     "population-headline": lambda: headline("h100"),
     "view-cpu": lambda: view("cpu"),
