@@ -14,7 +14,7 @@ import lora_func as lf
 
 from ..errors import LoraFuncError
 from ..libraries.cuda_kernels import AsOnCUDA
-from . import Cost, calculate
+from . import Cost, Live, calculate
 
 COUNTED = tuple(
     name
@@ -78,10 +78,11 @@ def main(options: Options) -> Cost:
     batch = {"input_ids": ids, "labels": ids, "use_cache": False}
     calibration = None if variant.statistic is None else [batch]
     targets = lf.Targets(names=names)
-    adapter, params = lf.adapt(model, variant, targets=targets, calibration=calibration)
+    with Live(), AsOnCUDA():  # calibration runs the model
+        adapter, params = lf.adapt(model, variant, targets=targets, calibration=calibration)
     cost = calculate(adapter, model, params, batch)
     about = f"{options.batch} x {options.tokens} tokens, {options.dtype}"
-    print(f"{options.model}, {variant}, {len(adapter.targets)} layers, {about}\n{cost}")
+    print(f"{options.model}, {variant}", f"{len(adapter.targets)} layers, {about}", cost, sep="\n")
     return cost
 
 
