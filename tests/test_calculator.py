@@ -21,9 +21,8 @@ from lora_func.calculator.__main__ import COUNTED, Options, build, main
 
 SIZES = {"hidden_size": 64, "attn_implementation": "eager"}
 ROWS = json.loads((RESULTS / "predicted-cpu.json").read_text(encoding="utf-8"))["rows"]
-# Kernels reserve memory of their own while they sum over tokens (22 MiB) or transform (32 MiB); MiSS
-# and RoAd take other kernels on CUDA. All others are counted to 0.5 %.
-WORKSPACES = {"dora", "vera", "boft", "c3a", "miss", "road"}
+# CUDA takes 22 to 78 MiB more than the tensors of these steps, and 48 MiB less for MiSS.
+KERNELS = {"dora", "vera", "boft", "c3a", "miss", "road"}
 # IA3, IA3-FF and FourierFT keep less since these measurements.
 REWRITTEN = {"ia3", "ia3ff", "fourierft"}
 
@@ -130,4 +129,4 @@ def test_predictions_are_near_what_gpus_measured(row):
     if row["variant"] in REWRITTEN:
         assert off < 0.001  # less than what was measured
     else:
-        assert abs(off) < (0.08 if row["variant"] in WORKSPACES else 0.005)
+        assert abs(off) < (0.08 if row["variant"] in KERNELS else 0.005)

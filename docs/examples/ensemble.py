@@ -7,8 +7,8 @@ says where it does not know:
 
     p(y | x) = mean of p(y | x, θₖ)        variance of p(y | x, θₖ) over k
 
-It is judged as BayesAdapt and others judge Bayesian adapters: by accuracy,
-negative log likelihood, and expected calibration error.
+It is judged by accuracy, negative log likelihood (NLL), and expected
+calibration error (ECE): how far confidence is from the share of right answers.
 """
 
 import matplotlib.pyplot as plt
@@ -86,7 +86,7 @@ def judge(p, y):
     bins = (10 * sure).long().clamp(max=9)
     gaps = [(sure - right.float())[bins == i].sum().abs() for i in range(10)]
     nll = F.binary_cross_entropy(p, y.float())
-    return right.float().mean().item(), nll.item(), sum(gaps).item() / len(p)
+    return right.float().mean().item(), nll.item(), float(sum(gaps)) / len(p)
 
 
 x_test, y_test = moons(1000, turn=1.0, noise=0.25)

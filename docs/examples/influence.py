@@ -61,7 +61,7 @@ assert error < 0.1
 
 # %% The pairs that count by the same step help each other
 figure, axes = plt.subplots(figsize=(3.6, 3.2))
-shown = axes.imshow(influence, cmap="viridis")
+shown = axes.imshow(influence.numpy(), cmap="viridis")
 axes.set(xlabel="test: counts by", ylabel="training: counts by")
 axes.set_xticks(range(3), ["2", "5", "11"])
 axes.set_yticks(range(6), ["1", "2", "3", "5", "7", "11"])

@@ -97,7 +97,7 @@ assert max(means, key=lambda topic: means[topic]) == "arithmetic"
 
 figure, axes = plt.subplots(figsize=(5.2, 3.6))
 colors = [f"C{i // 4}" for i in range(len(texts))]
-axes.barh(texts[::-1], scores.flip(0), color=colors[::-1])
+axes.barh(texts[::-1], scores.tolist()[::-1], color=colors[::-1])
 axes.set(xlabel="score")
 axes.grid(visible=False, axis="y")
 figure.savefig("less.png")

@@ -20,8 +20,14 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
+LIST = FOLDER.parent / "examples.md"
 NO_EXAMPLES = ("toy", "fsdp", "render")  # fsdp.py runs on several ranks
 NOTEBOOKS = ("ensemble", "influence", "learning_rate_sweep")
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "MATPLOTLIBRC": str(FOLDER),
+}
 SCRIPTS = {
     p.stem: p for p in sorted(FOLDER.glob("*.py")) if p.stem not in NO_EXAMPLES
 }
@@ -67,16 +73,10 @@ def output_of(text: str) -> str:
 
 def run(path: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs a script in `folder`, on one core. Warnings are errors."""
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "MATPLOTLIBRC": str(FOLDER),
-    }
     return subprocess.run(
         [sys.executable, "-W", "error", path],
         cwd=folder,
-        env=environment,
+        env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
         check=False,
@@ -108,7 +108,8 @@ def write_notebook(path: Path) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(FOLDER / "toy.py", folder)
-        NotebookClient(book, resources={"metadata": {"path": folder}}).execute()
+        client = NotebookClient(book, resources={"metadata": {"path": folder}})
+        client.execute(env={**os.environ, **ENVIRONMENT})
     for cell in book.cells:
         cell.metadata = {}  # when it ran
     book.metadata = {
@@ -116,6 +117,19 @@ def write_notebook(path: Path) -> None:
     }
     text = json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True)
     path.with_suffix(".ipynb").write_text(text + "\n", encoding="utf-8")
+
+
+def listed(text: str) -> str:
+    """docs/examples.md with its table of all examples."""
+    rows = ["| example | what it does |", "|---|---|"]
+    for name, path in SCRIPTS.items():
+        title, about, _ = parts(path)
+        first = about.partition("\n\n")[0].replace("\n", " ")
+        rows.append(f"| [{title}](examples/{name}.md) | {first} |")
+    table = "<!-- examples -->\n" + "\n".join(rows) + "\n<!-- end -->"
+    return re.sub(
+        r"<!-- examples -->\n.*?<!-- end -->", lambda _: table, text, flags=re.S
+    )
 
 
 def main(names: list[str]) -> None:
@@ -134,6 +148,8 @@ def main(names: list[str]) -> None:
         if name in NOTEBOOKS:
             write_notebook(path)
         print(f"rendered {name}", flush=True)
+    text = LIST.read_text(encoding="utf-8")
+    LIST.write_text(listed(text), encoding="utf-8")
 
 
 if __name__ == "__main__":
