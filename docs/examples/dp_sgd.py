@@ -27,10 +27,9 @@ def loss(each, ids):
     return loss_per_example(logits, ids).sum()
 
 
-for step in range(20):
-    each = lf.expand(
-        params, len(ids)
-    )  # leaves [16, *shape], one for each example
+for step in range(1, 21):
+    # Leaves [16, *shape]: an adapter for each example.
+    each = lf.expand(params, len(ids))
     value, grads = lf.value_and_grad(loss)(each, ids)
     leaf_norms = [grad.flatten(1).norm(dim=1) for grad in grads.values()]
     norms = torch.stack(leaf_norms).norm(dim=0)  # [16]
@@ -40,8 +39,6 @@ for step in range(20):
         total += clip * noise * torch.randn(total.shape, generator=generator)
         params[key] = params[key] - rate * total / len(ids)
     mean, largest = value / len(ids), norms.max()
-    if step % 5 == 4:
-        print(
-            f"step {step + 1:2d}: loss {mean:.2f}, largest norm {largest:.1f}"
-        )
+    if step % 5 == 0:
+        print(f"step {step:2d}: loss {mean:.2f}, largest norm {largest:.1f}")
 assert mean < 4.1  # chance is log(64) = 4.16

@@ -19,7 +19,7 @@ from toy import counting, language_model
 import lora_func as lf
 
 torch.manual_seed(0)  # for sampling
-prompts, group, length, beta = 4, 16, 4, 0.02
+prompts, group, length, beta = 4, 16, 4, 0.1
 model = language_model(initializer_range=0.1)  # it has preferences
 adapted_forward, params = lf.adapt(model, lf.LoRA(r=8))
 leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
@@ -62,10 +62,8 @@ for iteration in range(40):
 
 for i in range(0, 40, 10):
     reward, kl = (sum(each[i : i + 10]) / 10 for each in (rewards, distances))
-    print(
-        f"iterations {i + 1:2d} to {i + 10}: reward {reward:.2f}, KL {kl:.1f}"
-    )
-assert sum(rewards[-10:]) > sum(rewards[:10]) + 2
+    print(f"iterations {i + 1} to {i + 10}: reward {reward:.2f}, KL {kl:.1f}")
+assert sum(rewards[-10:]) > sum(rewards[:10]) + 1.5
 
 figure, axes = plt.subplots()
 axes.plot(rewards, label="reward: the share of even tokens")

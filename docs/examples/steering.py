@@ -65,16 +65,13 @@ adapted_forward, params = lf.adapt(
 @torch.no_grad()
 def odds(forward):
     """Log odds of cheerful over gloomy next words, a mean over the prompts."""
-    logits = [
-        forward(model, params, tokens(text)).logits[0, -1] for text in PROMPTS
-    ]
+    outs = [forward(model, params, tokens(text)) for text in PROMPTS]
+    logits = torch.stack([out.logits[0, -1] for out in outs])
     cheerful, gloomy = (
-        torch.stack(logits)[
-            :, [tokens(word)[0, -1] for word in words]
-        ].logsumexp(1)
-        for words in (HAPPY, SAD)
+        [tokens(word)[0, -1] for word in words] for words in (HAPPY, SAD)
     )
-    return (cheerful - gloomy).mean().item()
+    odds = logits[:, cheerful].logsumexp(1) - logits[:, gloomy].logsumexp(1)
+    return odds.mean().item()
 
 
 print("on", name)
