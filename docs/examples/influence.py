@@ -59,7 +59,7 @@ error = (influence - lowered).abs().max() / influence.abs().max()
 print("measured within 10 %:", bool(error < 0.1))
 assert error < 0.1
 
-# %% The pairs that count by the same step help each other
+# %% Yellow lowers the loss of the test example, dark raises it
 figure, axes = plt.subplots(figsize=(3.6, 3.2))
 shown = axes.imshow(influence.numpy(), cmap="viridis")
 axes.set(xlabel="test: counts by", ylabel="training: counts by")
