@@ -12,6 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.now = 0
         self.peak = 0
-        self.known: set[int] = set()
+        self.storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if asks_about_data(func, args):
@@ -48,18 +49,18 @@ class Live(TorchDispatchMode):
         return out
 
     def note(self, tensors: Any, *, counted: bool) -> None:
-        """Notes each storage that is seen for the first time, and when it is freed."""
+        """Notes each storage that is seen for the first time."""
         for t in pytree.tree_leaves(tensors):
-            if isinstance(t, Tensor) and id(storage := t.untyped_storage()) not in self.known:
+            if isinstance(t, Tensor) and (key := id(t.untyped_storage())) not in self.storages:
+                storage = t.untyped_storage()
                 size = storage.nbytes() if counted else 0
-                self.known.add(id(storage))
+                self.storages[key] = weakref.ref(storage, partial(self.freed, key, size))
                 self.now += size
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.free, id(storage), size)
 
-    def free(self, key: int, size: int) -> None:
+    def freed(self, key: int, size: int, _: Any) -> None:
         """A storage is gone."""
-        self.known.discard(key)
+        del self.storages[key]
         self.now -= size
 
 
