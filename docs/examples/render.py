@@ -112,6 +112,10 @@ def write_notebook(path: Path) -> None:
         client.execute(env={**os.environ, **ENVIRONMENT})
     for cell in book.cells:
         cell.metadata = {}  # when it ran
+        if cell.cell_type == "code":  # tqdm asks for widgets, which it need not
+            cell.outputs = [
+                o for o in cell.outputs if o.get("name") != "stderr"
+            ]
     book.metadata = {
         "kernelspec": {"name": "python3", "display_name": "Python 3"}
     }
