@@ -59,6 +59,16 @@ def where() -> dict[str, str]:
     return {"device": device, "commit": commit(), "python": platform.python_version(), **found}
 
 
+def read(name: str) -> tuple[dict[str, Any], str]:
+    """`(results, where they were measured)`."""
+    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    where = result["where"]
+    packages = ("torch", "transformers", "peft", "bitsandbytes")
+    versions = ", ".join(f"{name} {where[name]}" for name in packages if name in where)
+    ran_on = f"{where['device']}; {versions}; commit {where['commit']}"
+    return result, ran_on
+
+
 def version_of(package: str) -> str | None:
     """None if the package is not installed."""
     try:

@@ -6,13 +6,12 @@ date; `python bench/tables.py` writes all of them anew.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from common import RESULTS, read
 from sweep import report
 from tabulate import tabulate
 
@@ -20,7 +19,6 @@ import lora_func as lf
 from lora_func.card import TARGETS
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 
 
@@ -121,16 +119,6 @@ def needs() -> str:
 def reference() -> str:
     """The entries of the API page."""
     return "\n\n".join(f"::: {kind.__module__}.{kind.__name__}" for kind in lf.VARIANTS.values())
-
-
-def read(name: str) -> tuple[dict[str, Any], str]:
-    """`(results, where they were measured)`."""
-    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    where = result["where"]
-    packages = ("torch", "transformers", "peft", "bitsandbytes")
-    versions = ", ".join(f"{name} {where[name]}" for name in packages if name in where)
-    ran_on = f"{where['device']}; {versions}; commit {where['commit']}"
-    return result, ran_on
 
 
 def overhead(kind: str) -> str:
@@ -442,6 +430,25 @@ def cost_headline() -> str:
     return f"{markdown(cells, ['', 'lora_func', 'PEFT'])}\n\n{about} {ran_on}."
 
 
+def peaks(of: str) -> str:
+    """What the calculator counts beside what was measured."""
+    result, _ = read("predicted-cpu")
+    _, ran_on = read(of)
+    rows = [
+        [
+            row["variant"],
+            f"{row['counted']:,.1f}",
+            f"{row['measured']:,.1f}",
+            f"{row['counted'] / row['measured'] - 1:+.1%}",
+        ]
+        for row in result["rows"]
+        if row["of"] == of
+    ]
+    commit = result["where"]["commit"]
+    headers = ["MiB", "counted", "measured", "off"]
+    return f"{markdown(rows, headers)}\n\nMeasured: {ran_on}. Counted: commit {commit}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "sweep-findings": lambda: sweep_findings("h200"),
     "sweep-about": lambda: sweep_about("h200"),
@@ -460,6 +467,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead-h100": lambda: overhead("h100"),
     "launches-h100": lambda: launches("h100"),
     "cost": cost,
+    "peaks-model": lambda: peaks("overhead-h100"),
+    "peaks-layers": lambda: peaks("cost-h200"),
     "experts": experts,
     "population-headline": lambda: headline("h100"),
     "view-cpu": lambda: view("cpu"),

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path += [
     str(Path(__file__).parents[1] / "bench"),
+    str(Path(__file__).parents[1] / "docs" / "examples"),
     str(Path(__file__).parents[1]),
 ]  # for tests of its modules
 

@@ -50,6 +50,7 @@ ROOMS = {
         "variants",
         "weights",
     },
+    "calculator": {"engine", "libraries", "lora_func", "probing"},
     "demo": {"lora_func", "probing"},
 }
 

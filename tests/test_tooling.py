@@ -71,7 +71,7 @@ def sessions() -> set[str]:
 def test_the_workflow_runs_the_sessions_that_there_are():
     matrix = yaml.safe_load(read(".github/workflows/ci.yml"))["jobs"]["nox"]["strategy"]["matrix"]
     named = {*matrix["session"], *(entry["session"] for entry in matrix["include"])}
-    assert named == sessions() - {"demo"}
+    assert named == sessions() - {"demo", "examples"}  # what these write, others test
 
 
 def test_ci_runs_sessions_that_there_are():

@@ -1,7 +1,11 @@
-"""DPO (Rafailov et al. 2023, arXiv 2305.18290): the reference policy is the base model itself.
+"""DPO: learn from preferences, with the base model as the reference.
 
-The adapted model and its base are two functions of the same weights. So there is no second copy,
-and no adapter to switch off.
+Use it where you have pairs of a better and a worse answer (Rafailov et al.
+2023, arXiv 2305.18290). The adapted model and its base are two functions of the
+same weights. So there is no second copy, and no adapter to switch off.
+
+    loss = -log σ(β · (gain of the chosen answer - gain of the rejected one))
+    gain = log p(answer | adapted) - log p(answer | base)
 """
 
 import torch
@@ -14,7 +18,9 @@ beta = 0.1
 model = language_model()
 # From the same starts: chosen sequences count by one, rejected ones by two.
 both = torch.cat([counting(8, step=1), counting(8, step=2)])
-adapted_forward, params = lf.adapt(model, lf.LoRA(r=4), generator=torch.Generator().manual_seed(0))
+adapted_forward, params = lf.adapt(
+    model, lf.LoRA(r=4), generator=torch.Generator().manual_seed(0)
+)
 
 
 def log_likelihood(logits):
@@ -26,8 +32,9 @@ with torch.no_grad():
 
 
 def loss(params):
-    gained = log_likelihood(adapted_forward(model, params, both).logits) - reference
-    margin = beta * (gained[:8] - gained[8:])
+    logits = adapted_forward(model, params, {"input_ids": both}).logits
+    gain = log_likelihood(logits) - reference
+    margin = beta * (gain[:8] - gain[8:])
     return -F.logsigmoid(margin).mean(), margin
 
 
@@ -38,7 +45,7 @@ for step in range(20):
     optimizer.zero_grad()
     value.backward()
     optimizer.step()
-    preferred = (margin > 0).float().mean()
+    share = (margin > 0).float().mean()
     if step % 5 in (0, 4):
-        print(f"step {step}: loss {value:.3f}, preferred in {preferred:.0%} of the pairs")
-assert preferred == 1
+        print(f"step {step:2d}: loss {value:.2f}, preferred in {share:.0%}")
+assert share == 1

@@ -1,23 +1,43 @@
-"""One batch of prompts and four adapters: one call of `generate` continues each with its own."""
+"""Serving a mixed batch: one `generate`, another adapter for each prompt.
+
+Use it where many users share one base model. Their requests wait in one queue,
+and one pass of the base answers them all. The adapters of these four users are
+also trained in one run: each learns to count by a step of its own.
+"""
 
 import torch
-from toy import counting, language_model
+from toy import counting, language_model, loss_per_example
 
 import lora_func as lf
 
 model = language_model()
-adapted_forward, params = lf.adapt(model, lf.DoRA(r=4))
-users = [
-    {key: leaf + 0.2 * torch.randn_like(leaf) for key, leaf in params.items()} for _ in range(4)
-]
+adapted_forward, _ = lf.adapt(model, lf.LoRA(r=8))
+generator = torch.Generator().manual_seed(0)
+steps = torch.tensor([1, 2, 3, 5])  # by which each user counts
 
-prompts, ids = counting(6, length=5), torch.tensor([3, 0, 0, 2, 1, 3])
-served = lf.bind(adapted_forward, model, lf.select(lf.stack(users), ids))
-options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-tokens = served.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+# Train all users together: adapter u sees rows 16 u .. 16 u + 15.
+users = lf.stack(
+    [adapted_forward.init(model, generator=generator) for _ in steps]
+)
+leaves = {key: leaf.requires_grad_() for key, leaf in users.items()}
+owner = torch.arange(len(steps)).repeat_interleave(16)
+optimizer = torch.optim.Adam(leaves.values(), lr=1e-2)
+for iteration in range(60):
+    ids = counting(len(owner), step=steps[owner], length=8, seed=iteration)
+    params = lf.select(leaves, owner)
+    logits = adapted_forward(model, params, {"input_ids": ids}).logits
+    optimizer.zero_grad()
+    loss_per_example(logits, ids).sum().backward()
+    optimizer.step()
 
-for prompt, user, row in zip(prompts.split(1), ids.tolist(), tokens):
-    alone = lf.bind(adapted_forward, model, users[user])
-    expected = alone.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-    assert torch.equal(row, expected[0])
-    print(f"user {user}: {row[5:].tolist()}")
+# Serve them together: six prompts of one token, each with its user's adapter.
+user = torch.tensor([3, 0, 0, 2, 1, 3])
+prompts = torch.tensor([[7], [7], [40], [7], [7], [20]])
+served = lf.bind(adapted_forward, model, lf.select(leaves, user))
+options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+options |= {"attention_mask": torch.ones_like(prompts), "pad_token_id": 0}
+tokens = served.generate(prompts, **options)
+for asked, row in zip(user, tokens):
+    print(f"user {asked} counts by {steps[asked]}: {row.tolist()}")
+expected = prompts + steps[user, None] * torch.arange(7)
+assert torch.equal(tokens, expected % 64)

