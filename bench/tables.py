@@ -118,9 +118,25 @@ def needs() -> str:
     return markdown(rows, ["class", "reads of the weight", "packed weight", "calibration"])
 
 
-def reference() -> str:
-    """The entries of the API page."""
-    return "\n\n".join(f"::: {kind.__module__}.{kind.__name__}" for kind in lf.VARIANTS.values())
+FAMILIES = {
+    "lora": "LoRA",
+    "low-rank": "LoRAXS",
+    "gates": "IA3",
+    "singular": "SSVD",
+    "sparse": "SHiRA",
+}
+"""Page of the reference -> the first of its variants: the catalogue is in the order of families."""
+
+
+def reference(family: str) -> str:
+    """The entries of one page of the reference."""
+    kinds = list(lf.VARIANTS.values())
+    names = [kind.__name__ for kind in kinds]
+    starts = [names.index(first) for first in FAMILIES.values()]
+    start = names.index(FAMILIES[family])
+    end = min((other for other in starts if other > start), default=len(names))
+    entries = (f"::: {kind.__module__}.{kind.__name__}" for kind in kinds[start:end])
+    return "\n\n".join(f"{entry}\n    options:\n      members: false" for entry in entries)
 
 
 def read(name: str) -> tuple[dict[str, Any], str]:
@@ -455,7 +471,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods": methods,
     "supports": supports,
     "needs": needs,
-    "reference": reference,
+    **{f"reference-{family}": lambda family=family: reference(family) for family in FAMILIES},
     "overhead-cpu": lambda: overhead("cpu"),
     "overhead-h100": lambda: overhead("h100"),
     "launches-h100": lambda: launches("h100"),
