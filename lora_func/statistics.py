@@ -77,7 +77,7 @@ def add_tokens(state: Moments | None, x: Tensor) -> Moments:
 
 
 def check_shape(owner: Statistic, given: Any, shape: tuple[int, ...]) -> None:
-    """Raises LoraFuncError unless `given` is a tensor of `shape`."""
+    """Raises LoraFuncError, naming `owner`, unless `given` is a tensor of `shape`."""
     if not isinstance(given, Tensor) or tuple(given.shape) != shape:
         found = (
             f"a tensor of shape {tuple(given.shape)}"

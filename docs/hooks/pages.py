@@ -6,7 +6,7 @@ from pyproject.toml: with a `Repository` among its URLs, pages link to their sou
 
 from __future__ import annotations
 
-import tomllib
+from importlib.metadata import metadata
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -23,14 +23,14 @@ def text(name: str) -> str:
 def citation() -> str:
     """How to cite: README's entry for BibTeX, and the file that tools read."""
     _, _, entry = text("README.md").partition("\n## Cite\n")
-    fence = "```"
-    return f"# Citation\n{entry}\nTools read `CITATION.cff`:\n\n{fence}yaml\n{text('CITATION.cff')}{fence}\n"
+    tools = f"Tools read `CITATION.cff`:\n\n```yaml\n{text('CITATION.cff')}```\n"
+    return f"# Citation\n{entry}\n{tools}"
 
 
 def on_config(config: MkDocsConfig) -> None:
-    project = tomllib.loads(text("pyproject.toml"))["project"]
-    if repository := project.get("urls", {}).get("Repository"):
-        config.repo_url, config.repo_name = repository, project["name"]
+    urls = dict(url.split(", ") for url in metadata("lora_func").get_all("Project-URL") or ())
+    if "Repository" in urls:
+        config.repo_url, config.repo_name = urls["Repository"], config.site_name
         config.edit_uri = "edit/main/docs/"
 
 

@@ -47,10 +47,12 @@ class Law:
 
     @property
     def name(self) -> str:
+        """The name in reports and in `LAWS`."""
         return self.check.__name__
 
     @property
     def statement(self) -> str:
+        """The law in one line."""
         return (self.check.__doc__ or "").splitlines()[0]
 
 

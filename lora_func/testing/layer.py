@@ -113,7 +113,10 @@ class Layer:
 
 
 def stats_for(variant: Variant, weight: Weight, seed: int = 0) -> Any:
-    """What calibration on 64 random tokens gives one layer; None without a statistic."""
+    """What calibration on 64 random tokens, drawn from `seed`, gives one layer.
+
+    None without a statistic.
+    """
     if variant.statistic is None:
         return None
     d_in, W = weight.shape[1], weight.dense()
