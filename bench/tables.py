@@ -118,6 +118,18 @@ def needs() -> str:
     return markdown(rows, ["class", "reads of the weight", "packed weight", "calibration"])
 
 
+def versions() -> str:
+    """What is promised at least, and what the tests run with."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    rows = []
+    for name in ("torch", "safetensors", "transformers", "bitsandbytes", "peft"):
+        least = re.search(rf'"{name}(?:\[\w+\])?>=([\d.]+)"', project)
+        tested = re.search(rf"^{name}==(.+)$", pins, flags=re.M)
+        rows.append([name, *(found[1] if found else "any" for found in (least, tested))])
+    return markdown(rows, ["package", "at least", "tested with"])
+
+
 FAMILIES = {
     "lora": "LoRA",
     "low-rank": "LoRAXS",
@@ -471,6 +483,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods": methods,
     "supports": supports,
     "needs": needs,
+    "versions": versions,
     **{f"reference-{family}": lambda family=family: reference(family) for family in FAMILIES},
     "overhead-cpu": lambda: overhead("cpu"),
     "overhead-h100": lambda: overhead("h100"),
