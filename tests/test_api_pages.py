@@ -66,7 +66,7 @@ def test_every_public_name_is_on_a_page():
     shown = set()
     for page in PAGES:
         entries = re.findall(
-            r"^::: (\S+)(?:\n +options:\n +members: \[(.*?)\])?", text_of(page), flags=re.M
+            r"^::: (\S+)(?:\n +options:(?:\n +\w+: \w+)*?\n +members: \[(.*?)\])?", text_of(page), flags=re.M
         )
         for path, members in entries:
             owner = pkgutil.resolve_name(path)
@@ -79,7 +79,7 @@ def test_every_public_name_is_on_a_page():
 
 def test_every_member_that_a_page_names_is_there():
     for page in PAGES:
-        pattern = r"^::: (\S+)\n +options:\n +members: \[(.*?)\]"
+        pattern = r"^::: (\S+)\n +options:(?:\n +\w+: \w+)*?\n +members: \[(.*?)\]"
         for path, members in re.findall(pattern, text_of(page), flags=re.M):
             owner = pkgutil.resolve_name(path)
             own = {*dir(owner), *getattr(owner, "__annotations__", {})}
