@@ -1,6 +1,7 @@
 """A hook of mkdocs: what stands in the project's root is on the site too, and is written once.
 
-CONTRIBUTING.md, CHANGELOG.md and CITATION.cff become pages. The address of the repository comes
+CONTRIBUTING.md, CHANGELOG.md and CITATION.cff become pages. The pages of examples follow their
+list in the navigation. The address of the repository comes
 from pyproject.toml: with a `Repository` among its URLs, pages link to their source.
 """
 
@@ -28,6 +29,9 @@ def citation() -> str:
 
 
 def on_config(config: MkDocsConfig) -> None:
+    (research,) = (part["Research"] for part in config.nav or () if "Research" in part)
+    pages = sorted(Path(config.docs_dir, "examples").glob("*.md"))
+    research += [f"examples/{page.name}" for page in pages]
     urls = dict(url.split(", ") for url in metadata("lora_func").get_all("Project-URL") or ())
     if "Repository" in urls:
         config.repo_url, config.repo_name = urls["Repository"], config.site_name
