@@ -62,28 +62,31 @@ def described(kind: type) -> set[str]:
     return found
 
 
+def entries() -> Iterator[tuple[str, list[str]]]:
+    """Each `::: path` of the reference, and the members that it names."""
+    pattern = r"^::: (\S+)(?:\n +options:(?:\n +\w+: \w+)*?\n +members: \[(.*?)\])?"
+    for page in PAGES:
+        for path, members in re.findall(pattern, text_of(page), flags=re.M):
+            yield path, members.split(", ") if members else []
+
+
 def test_every_public_name_is_on_a_page():
     shown = set()
-    for page in PAGES:
-        entries = re.findall(
-            r"^::: (\S+)(?:\n +options:(?:\n +\w+: \w+)*?\n +members: \[(.*?)\])?", text_of(page), flags=re.M
-        )
-        for path, members in entries:
-            owner = pkgutil.resolve_name(path)
-            names = members.split(", ") if members and isinstance(owner, types.ModuleType) else []
-            shown |= {id(owner), *(id(getattr(owner, name)) for name in names)}
+    for path, members in entries():
+        owner = pkgutil.resolve_name(path)
+        shown.add(id(owner))
+        if isinstance(owner, types.ModuleType):
+            shown |= {id(getattr(owner, name)) for name in members}
     for module in PUBLIC:
         missing = [name for name in module.__all__ if id(getattr(module, name)) not in shown]
         assert missing == (["__version__"] if module is lf else [])
 
 
 def test_every_member_that_a_page_names_is_there():
-    for page in PAGES:
-        pattern = r"^::: (\S+)\n +options:(?:\n +\w+: \w+)*?\n +members: \[(.*?)\]"
-        for path, members in re.findall(pattern, text_of(page), flags=re.M):
-            owner = pkgutil.resolve_name(path)
-            own = {*dir(owner), *getattr(owner, "__annotations__", {})}
-            assert [name for name in members.split(", ") if name not in own] == [], path
+    for path, members in entries():
+        owner = pkgutil.resolve_name(path)
+        own = {*dir(owner), *getattr(owner, "__annotations__", {})}
+        assert [name for name in members if name not in own] == [], path
 
 
 def test_every_page_is_in_the_navigation():
