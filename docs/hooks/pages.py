@@ -22,10 +22,9 @@ def text(name: str) -> str:
 
 
 def citation() -> str:
-    """How to cite: README's entry for BibTeX, and the file that tools read."""
-    _, _, entry = text("README.md").partition("\n## Cite\n")
-    tools = f"Tools read `CITATION.cff`:\n\n```yaml\n{text('CITATION.cff')}```\n"
-    return f"# Citation\n{entry}\n{tools}"
+    """How to cite: the file that tools read."""
+    about = "GitHub, Zotero and others make an entry for BibTeX of this file, `CITATION.cff`:"
+    return f"# Citation\n\n{about}\n\n```yaml\n{text('CITATION.cff')}```\n"
 
 
 def on_config(config: MkDocsConfig) -> None:
