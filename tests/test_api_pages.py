@@ -155,8 +155,9 @@ def literal(node: ast.AST) -> str:
 
 
 def sources() -> Iterator[tuple[Path, ast.Module]]:
+    """The modules of the library, without its command lines and its laws."""
     for path in sorted((ROOT / "lora_func").rglob("*.py")):
-        if not {"demo", "testing"} & set(path.parts):
+        if not (path.parent / "__main__.py").exists() and "testing" not in path.parts:
             yield path, ast.parse(text_of(path))
 
 
