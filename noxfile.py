@@ -178,7 +178,7 @@ def site(session: nox.Session) -> None:
         session.error("no browser: install chromium, as by `apt-get install chromium`")
     install(session, "site")
     build_site(session)
-    session.run("python", "tests/site/browse.py", "site", *session.posargs)
+    session.run("python", "tests/browser/browse.py", "site", *session.posargs)
 
 
 @nox.session
