@@ -40,6 +40,7 @@ LAYOUT = r"""
   const wrong = [], width = document.documentElement.clientWidth
   const wide = document.documentElement.scrollWidth
   if (wide > width) wrong.push(`the page is ${wide} wide on ${width}`)
+  const startOf = node => node.textContent.trim().replace(/\s+/g, " ").slice(0, 40)
   const scrolls = node => ["auto", "scroll"].includes(getComputedStyle(node).overflowX)
   const held = node => {
     for (let box = node; box && box.tagName != "ARTICLE"; box = box.parentElement)
@@ -47,8 +48,7 @@ LAYOUT = r"""
     return false
   }
   for (const code of document.querySelectorAll("article pre > code")) {
-    const column = code.closest("article").clientWidth
-    const start = code.textContent.trim().slice(0, 40).replace(/\s+/g, " ")
+    const start = startOf(code)
     if (!held(code)) wrong.push(`code leaves its column: ${start}`)
     const program = code.closest(".language-python, .language-bash")
     if (width > 1000 && program && code.scrollWidth > code.clientWidth + 1)
@@ -57,7 +57,7 @@ LAYOUT = r"""
   for (const table of document.querySelectorAll("article table")) {
     const right = table.getBoundingClientRect().right
     if (right > width && !held(table.parentElement))
-      wrong.push(`a table hides columns: ${table.textContent.trim().replace(/\s+/g, " ").slice(0, 40)}`)
+      wrong.push(`a table hides columns: ${startOf(table)}`)
   }
   return wrong
 }
@@ -148,10 +148,9 @@ def check_layout(browser: Browser, address: str, pages: list[str], out: Path) ->
 def check_search(browser: Browser, address: str) -> Iterator[str]:
     """Which searches do not find their page."""
     tab = opened(browser, 1280, "light", address, [])
-    tab.goto(address, wait_until="load")
-    tab.focus("input.md-search__input")
     for words, expected in SEARCHES.items():
-        tab.fill("input.md-search__input", "")
+        tab.goto(address, wait_until="load")  # anew: the last results are gone
+        tab.focus("input.md-search__input")
         tab.type("input.md-search__input", words)  # the page listens to keys
         try:
             tab.wait_for_selector(f"{RESULT}[href*='/{expected}']", state="attached", timeout=WAIT)
