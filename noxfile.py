@@ -1,6 +1,7 @@
 """The commands of the project: `nox -l` lists them, `nox -s tests` runs one."""
 
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -33,6 +34,12 @@ def run_tests(session: nox.Session, *arguments: str) -> None:
     """All but those that have a session of their own."""
     others = [f"--ignore=tests/{folder}" for folder in ("bnb", "functional", "trainers", "vision")]
     session.run("pytest", *others, *arguments, *(session.posargs or ["-n", "auto"]))
+
+
+def build_site(session: nox.Session, *arguments: str) -> None:
+    """The site, in site/; warnings are errors."""
+    without_advice = {"NO_MKDOCS_2_WARNING": "1"}  # CONTRIBUTING.md says what is planned
+    session.run("mkdocs", "build", "--strict", *arguments, env=without_advice)
 
 
 @nox.session
@@ -163,7 +170,17 @@ def build(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The site, in site/; warnings are errors."""
     install(session, "docs")
-    session.run("mkdocs", "build", "--strict", *session.posargs)
+    build_site(session, *session.posargs)
+
+
+@nox.session
+def site(session: nox.Session) -> None:
+    """Opens every page of the site in chromium: layout, links, search; a few minutes."""
+    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        session.error("no browser: install chromium, as by `apt-get install chromium`")
+    install(session, "site")
+    build_site(session)
+    session.run("python", "tests/browser/browse.py", "site", *session.posargs)
 
 
 @nox.session

@@ -116,9 +116,37 @@ def needs() -> str:
     return markdown(rows, ["class", "reads of the weight", "packed weight", "calibration"])
 
 
-def reference() -> str:
-    """The entries of the API page."""
-    return "\n\n".join(f"::: {kind.__module__}.{kind.__name__}" for kind in lf.VARIANTS.values())
+def versions() -> str:
+    """What is promised at least, and what the tests run with."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    rows = []
+    for name in ("torch", "safetensors", "transformers", "bitsandbytes", "peft"):
+        least = re.search(rf'"{name}(?:\[\w+\])?>=([\d.]+)"', project)
+        tested = re.search(rf"^{name}==(.+)$", pins, flags=re.M)
+        rows.append([name, *(found[1] if found else "any" for found in (least, tested))])
+    return markdown(rows, ["package", "at least", "tested with"])
+
+
+FAMILIES = {
+    "lora": "LoRA",
+    "low-rank": "LoRAXS",
+    "gates": "IA3",
+    "singular": "SSVD",
+    "sparse": "SHiRA",
+}
+"""Page of the reference -> the first of its variants: the catalogue is in the order of families."""
+
+
+def reference(family: str) -> str:
+    """The entries of one page of the reference."""
+    kinds = list(lf.VARIANTS.values())
+    names = [kind.__name__ for kind in kinds]
+    starts = [names.index(first) for first in FAMILIES.values()]
+    start = names.index(FAMILIES[family])
+    end = min((other for other in starts if other > start), default=len(names))
+    entries = (f"::: {kind.__module__}.{kind.__name__}" for kind in kinds[start:end])
+    return "\n\n".join(f"{entry}\n    options:\n      members: false" for entry in entries)
 
 
 def overhead(kind: str) -> str:
@@ -462,7 +490,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods": methods,
     "supports": supports,
     "needs": needs,
-    "reference": reference,
+    "versions": versions,
+    **{f"reference-{family}": lambda family=family: reference(family) for family in FAMILIES},
     "overhead-cpu": lambda: overhead("cpu"),
     "overhead-h100": lambda: overhead("h100"),
     "launches-h100": lambda: launches("h100"),

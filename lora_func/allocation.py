@@ -29,13 +29,20 @@ class RankAllocator:
     the schedule runs, because their gradients go on.
     """
 
-    target_r: int = 8  # mean rank of a layer at the end, at least 1
-    warmup: int = 0  # steps before the first allocation
-    final: int = 0  # steps at the end, in which the ranks stay
-    total: int  # steps of the training
-    interval: int = 1  # steps between two allocations, at least 1
-    beta1: float = 0.85  # of the average of the sensitivities, between 0 and 1
-    beta2: float = 0.85  # of the average of their changes, between 0 and 1
+    target_r: int = 8
+    """Mean rank of a layer at the end, at least 1."""
+    warmup: int = 0
+    """Steps before the first allocation, at least 0 (t_i in equation 12)."""
+    final: int = 0
+    """Steps at the end in which the ranks stay, at least 0 (t_f in equation 12)."""
+    total: int
+    """Steps of the training, more than `warmup` and `final` together (T in equation 12)."""
+    interval: int = 1
+    """Steps between two allocations, at least 1."""
+    beta1: float = 0.85
+    """β1, the decay of the average of the sensitivities: between 0 and 1."""
+    beta2: float = 0.85
+    """β2, the decay of the average of their changes: between 0 and 1."""
 
     def __post_init__(self):
         for name, least in (("target_r", 1), ("warmup", 0), ("final", 0), ("interval", 1)):

@@ -87,7 +87,8 @@ def singular_values(
     has as many values as its exact rank. For a stack of matrices: `[E, values]`.
 
     Args:
-        adapter, params: as in `as_lora`.
+        adapter: as in `as_lora`.
+        params: as in `as_lora`.
         model: as in `as_lora`.
 
     Raises:

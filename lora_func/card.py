@@ -16,9 +16,12 @@ TARGETS = "TARGETS"  # in `Peft.fields`, stands for the names of the target laye
 class Peft(NamedTuple):
     """The same method in PEFT."""
 
-    config: str  # name of the class, such as "LoraConfig"
-    fields: Mapping[str, Any] = {}  # select the method, such as {"use_dora": True}
-    rank: str | None = "r"  # PEFT's name of the field `r`; None if it has none
+    config: str
+    """Name of PEFT's class, such as "LoraConfig"."""
+    fields: Mapping[str, Any] = {}
+    """Fields of that class that select the method, such as {"use_dora": True}."""
+    rank: str | None = "r"
+    """PEFT's name of the field `r`. None if it has none."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,10 +31,14 @@ class Card:
     A variant in a notebook needs no card: the defaults promise what every variant must keep.
     """
 
-    title: str = ""  # what it does, in a few words
-    authors: str = ""  # and year: "Hu et al. 2021"
-    source: str = ""  # an arXiv number such as "2106.09685", or a web address
-    formula: str = ""  # one line, as in the paper
+    title: str = ""
+    """What the method does, in a few words."""
+    authors: str = ""
+    """And the year: "Hu et al. 2021"."""
+    source: str = ""
+    """An arXiv number such as "2106.09685", or a web address."""
+    formula: str = ""
+    """One line, as in the paper."""
     trainable: Mapping[str, str] = field(default_factory=dict)
     """Leaf -> its shape, in d_out, d_in and attributes of the variant: `{"A": "r, d_in"}`."""
     at_init: str = "exact"
@@ -47,11 +54,16 @@ class Card:
     lr: float = 1e-3
     """A learning rate of AdamW to start from. It comes from the sweep (docs/sweep.md): short runs
     of a small model. Larger models and longer runs want less."""
-    layers: tuple[str, ...] = (r"q_proj$", r"v_proj$")  # regexes of the layers to start with
-    settings: Mapping[str, Any] = field(default_factory=dict)  # fields to start with, beside r
-    width: int = 1  # r is usually this many times LoRA's rank
-    peft: Peft | None = None  # None: PEFT does not have it
-    beside_peft: str = ""  # how the two differ, in a phrase
+    layers: tuple[str, ...] = (r"q_proj$", r"v_proj$")
+    """Regexes of the layers to start with."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields to start with, beside r: name -> value."""
+    width: int = 1
+    """r is usually this many times LoRA's rank."""
+    peft: Peft | None = None
+    """The same method in PEFT. None: PEFT does not have it."""
+    beside_peft: str = ""
+    """How the two differ, in a phrase."""
 
     def __post_init__(self) -> None:
         for name, known in (("at_init", AT_INIT), ("reads", READS), ("data", DATA)):

@@ -33,7 +33,8 @@ class Chain(Variant):
 
     positional = True
 
-    links: tuple[Variant, ...]  # at least one
+    links: tuple[Variant, ...]
+    """The variants, at least one. The first is next to the base layer."""
 
     def __init__(self, *given: Variant, links: tuple[Variant, ...] = ()):
         links = given or links

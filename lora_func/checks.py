@@ -57,7 +57,7 @@ def check_fits(variant: Variant, shape: tuple[int, ...], limit: int | None = Non
 
 
 def needs_data(variant: Variant, what: str) -> LoraFuncError:
-    """The error of an `init` that was given no statistics."""
+    """The error of an `init` that was given no statistics, and starts from `what`."""
     return LoraFuncError(
         f"{type(variant).__name__} starts from {what}: pass calibration=batches to adapt, "
         "or stats= to adapt or Adapter.init"

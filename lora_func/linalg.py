@@ -33,14 +33,14 @@ __all__ = [
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator | None) -> Tensor:
-    """U(-bound, bound) in float32, drawn on the device of the generator."""
+    """`shape` of U(-bound, bound) in float32, drawn on the device of the generator."""
     device = None if generator is None else generator.device
     draw = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
     return (draw * 2 - 1) * bound
 
 
 def normal(shape: tuple[int, ...], std: float, generator: torch.Generator | None) -> Tensor:
-    """N(0, std²) in float32, drawn on the device of the generator."""
+    """`shape` of N(0, std²) in float32, drawn on the device of the generator."""
     device = None if generator is None else generator.device
     return std * torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
 

@@ -52,7 +52,7 @@ def stack(adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def unstack(params: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The inverse of `stack`: K dicts, whose leaves are views.
+    """The inverse of `stack`: K dicts, whose leaves are views of those of `params`.
 
     Raises LoraFuncError if the leaves have no common axis.
     """

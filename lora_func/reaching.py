@@ -25,10 +25,14 @@ ROWS = 12  # of each kind that a printed table shows
 class Part(NamedTuple):
     """Parameters of a model whose paths differ by numbers alone."""
 
-    path: str  # with N for each number
+    path: str
+    """The path of the parameters, with N for each number."""
     tensors: int
+    """How many tensors these are."""
     parameters: int
-    note: str  # why they are left out, or ""
+    """How many numbers they hold."""
+    note: str
+    """Why they are left out, or ""."""
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,11 @@ class Moments(NamedTuple):
     """First and second moments of n tokens, in float32 (float64 for a float64 model)."""
 
     n: int
-    mean: Tensor  # [d]
-    scatter: Tensor  # [d, d], sum of (x - mean)(x - mean)ᵀ
+    """Number of tokens."""
+    mean: Tensor
+    """Mean of the tokens, `[d]`."""
+    scatter: Tensor
+    """Sum of (x - mean)(x - mean)ᵀ over the tokens, `[d, d]`."""
 
     @property
     def covariance(self) -> Tensor:
@@ -74,7 +77,7 @@ def add_tokens(state: Moments | None, x: Tensor) -> Moments:
 
 
 def check_shape(owner: Statistic, given: Any, shape: tuple[int, ...]) -> None:
-    """Raises LoraFuncError unless `given` is a tensor of `shape`."""
+    """Raises LoraFuncError, naming `owner`, unless `given` is a tensor of `shape`."""
     if not isinstance(given, Tensor) or tuple(given.shape) != shape:
         found = (
             f"a tensor of shape {tuple(given.shape)}"
@@ -160,7 +163,8 @@ class Projections(Statistic):
     `pool` of `|u_iᵀ (y - b)| = S_i |v_i x|` over the tokens, in the order of the singular values.
     """
 
-    pool: str = "rms"  # "rms" or "mean_abs"
+    pool: str = "rms"
+    """How tokens are averaged: "rms" or "mean_abs"."""
     observes: ClassVar[str] = "outputs"
 
     def init(self, weight: Weight) -> Any:
@@ -183,8 +187,10 @@ class Projections(Statistic):
 class Components(NamedTuple):
     """The principal components that `PrincipalComponents` gives to a layer."""
 
-    directions: Tensor  # [r_l, d], of unit length
-    singular_values: Tensor  # [r_l], of the layer's tokens
+    directions: Tensor
+    """Directions of unit length as rows, `[r_l, d]`."""
+    singular_values: Tensor
+    """Of the layer's tokens along the directions, `[r_l]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,9 +201,12 @@ class PrincipalComponents(InputMoments):
     their layer's variance are taken.
     """
 
-    r: int  # for each layer, on average
+    r: int
+    """Components of a layer, on average: at least 1."""
     rho: float = 1.0
-    center: bool = True  # of the covariance; False: of the uncentred second moment
+    """A layer offers up to round(rho r) components. 1: every layer gets r."""
+    center: bool = True
+    """Take the components of the covariance. False: of the uncentred second moment."""
 
     def finalize(self, states: Mapping[str, Any]) -> dict[str, Components]:
         seen = {path: state for path, state in states.items() if state is not None}

@@ -78,7 +78,9 @@ class Params:
     """
 
     trainable: dict[str, Tensor]
+    """Short name -> tensor that is trained."""
     frozen: dict[str, Tensor] = field(default_factory=dict)
+    """Short name -> constant."""
 
     def __post_init__(self) -> None:
         if both := self.trainable.keys() & self.frozen.keys():
@@ -205,6 +207,7 @@ class Variant(abc.ABC, metaclass=VariantType):
     """
 
     card: ClassVar[Card] = Card()
+    """What is known of the method. Tables, tests and benchmarks read it."""
     renamed: ClassVar[Mapping[str, str]] = {}
     """Old name -> new name of a field, for files and code that use the old one."""
     positional: ClassVar[bool] = False

@@ -47,3 +47,14 @@ def test_one_graph(name):
     for p in (trained(params), trained(params)):
         torch.testing.assert_close(compiled(p), f(p))
     assert counter.frame_count == 1
+
+
+def test_a_bound_module_is_one_graph():
+    """In eval mode too, where it keeps what was prepared outside of a trace."""
+    torch._dynamo.reset()
+    make, batch_of, *_ = ARCHITECTURES["llama"]
+    model, batch = make().eval().requires_grad_(False), batch_of()
+    adapter, params = lf.adapt(model, lf.LoRA(r=2))
+    bound = lf.bind(adapter, model, trained(params))
+    compiled = torch.compile(bound, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**batch)[0], bound(**batch)[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pkgutil
 import re
 import subprocess
 import types
@@ -13,7 +12,6 @@ import tables
 from pages import ELSEWHERE, FENCED, PAGES, ROOT, python, run
 
 import lora_func as lf
-from lora_func import checks, linalg, statistics, testing
 
 WIDTH = 80
 
@@ -39,19 +37,6 @@ def test_code_is_narrow(page):
     """Wider lines are cut off on a phone and beside a table of contents."""
     code = "".join(found[2] for found in FENCED.finditer(page.read_text(encoding="utf-8")))
     assert [line for line in code.splitlines() if len(line) > WIDTH] == []
-
-
-def test_every_public_name_is_on_the_api_page():
-    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    entries = re.findall(r"^::: (\S+)(?:\n +options:\n +members: \[(.*?)\])?", page, flags=re.M)
-    shown = set()
-    for path, members in entries:
-        owner = pkgutil.resolve_name(path)
-        names = members.split(", ") if members and isinstance(owner, types.ModuleType) else []
-        shown |= {id(owner), *(id(getattr(owner, name)) for name in names)}
-    for module in (lf, testing, linalg, checks, statistics):
-        missing = [name for name in module.__all__ if id(getattr(module, name)) not in shown]
-        assert missing == (["__version__"] if module is lf else [])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

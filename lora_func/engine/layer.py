@@ -141,7 +141,7 @@ class AdaptedLayer(StandIn, Holder):
         site, plain = self._site, self.plain()
         if not overrides(site.variant, "prepare"):
             return plain
-        if torch.is_inference_mode_enabled() and not traced:
+        if not traced and torch.is_inference_mode_enabled():  # dynamo cannot trace it
             with torch.inference_mode(False), torch.no_grad():  # to be of use outside of it too
                 entries = prepare(site.variant, self._weight, plain, dtype)
         else:

@@ -21,6 +21,7 @@ class Report:
     """What `check_variant` found. Printed, it is a table."""
 
     variant: Variant
+    """The variant that was checked."""
     held: dict[str, int]
     """Name of a law -> number of layers on which it held."""
     left_out: dict[str, str]

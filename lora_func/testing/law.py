@@ -33,18 +33,26 @@ class Law:
     """One law: what it says, how it is checked, and on which layers."""
 
     check: Callable[[Layer], None]
+    """Raises Broken if a layer breaks the law. Its name is that of the law."""
     dtypes: tuple[torch.dtype, ...] = (torch.float64,)
+    """The dtypes of the layers."""
     leads: tuple[Shape, ...] = ANY
-    largest: int = 96  # of d_out and d_in
+    """The leading axes of x."""
+    largest: int = 96
+    """The largest d_out or d_in of a layer: laws that cost much take small ones."""
     applies: Callable[[Variant], bool] = lambda variant: True
-    trains: bool = False  # whether it says something of trainable leaves
+    """Whether the law says something of a variant."""
+    trains: bool = False
+    """Whether it says something of trainable leaves."""
 
     @property
     def name(self) -> str:
+        """The name in reports and in `LAWS`."""
         return self.check.__name__
 
     @property
     def statement(self) -> str:
+        """The law in one line."""
         return (self.check.__doc__ or "").splitlines()[0]
 
 

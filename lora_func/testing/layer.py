@@ -22,14 +22,23 @@ class Layer:
     """A linear layer with an adapter."""
 
     variant: Variant
+    """The variant of the adapter."""
     weight: Weight
-    stats: Any  # what init was given
-    x: Tensor  # [*lead, d_in]
-    init: dict[str, Tensor]  # trainable and frozen leaves, as init made them
-    names: tuple[str, ...]  # of the trainable ones
-    trained: dict[str, Tensor]  # the same with noise on the trainable ones
-    moved: float = 0.0  # relative size of what the variant adds at init, by design
-    condition: float = 1.0  # how much the formula itself amplifies rounding
+    """The frozen weight of the layer."""
+    stats: Any
+    """What `init` was given."""
+    x: Tensor
+    """The input, `[*lead, d_in]`."""
+    init: dict[str, Tensor]
+    """Trainable and frozen leaves, as `init` made them."""
+    names: tuple[str, ...]
+    """Names of the trainable ones."""
+    trained: dict[str, Tensor]
+    """The same leaves, with noise on the trainable ones."""
+    moved: float = 0.0
+    """Relative size of what the variant adds at init, by design."""
+    condition: float = 1.0
+    """How much the formula itself amplifies rounding, at least 1."""
 
     @classmethod
     def draw(
@@ -104,7 +113,10 @@ class Layer:
 
 
 def stats_for(variant: Variant, weight: Weight, seed: int = 0) -> Any:
-    """What calibration on 64 random tokens gives one layer; None without a statistic."""
+    """What calibration on 64 random tokens, drawn from `seed`, gives one layer.
+
+    None without a statistic.
+    """
     if variant.statistic is None:
         return None
     d_in, W = weight.shape[1], weight.dense()

@@ -52,9 +52,13 @@ class Directions(Factored):
 class Gain(Variant):
     """The hyperparameters of a learned gain 1 + ELU(coeff g) > 0 for each of r directions."""
 
-    r: int = 256  # directions, from 1 to min(d_in, d_out)
-    coeff: float = 1.0  # factor of g, any number; may change at inference
-    suppress_only: bool = False  # clamp g at 0 from above: no gain exceeds 1 for coeff >= 0
+    r: int = 256
+    """Number of directions, from 1 to min(d_in, d_out)."""
+    coeff: float = 1.0
+    """c, factor of g in the gain 1 + ELU(c g): any number. It may change at inference; 0 is the
+    base."""
+    suppress_only: bool = False
+    """Clamp g at 0 from above, so that no gain exceeds 1 for coeff >= 0."""
 
     def __post_init__(self):
         check_rank(self)

@@ -69,9 +69,12 @@ def scale_of(alpha: float, r: int, rslora: bool) -> float:
 class LowRank(Variant):
     """LoRA's hyperparameters, and its scale s."""
 
-    r: int = 8  # rank, at least 1
-    alpha: float = 16.0  # scale of the update before the division by r, above 0
-    rslora: bool = False  # divide alpha by sqrt(r) instead of r
+    r: int = 8
+    """Rank, at least 1."""
+    alpha: float = 16.0
+    """Numerator of the scale s = alpha / r of the update, above 0."""
+    rslora: bool = False
+    """Divide alpha by sqrt(r) instead of r (rsLoRA, arXiv 2312.03732)."""
 
     def __post_init__(self):
         check_rank(self)
@@ -88,7 +91,9 @@ class LowRank(Variant):
 class TwoFactors(LowRank, Product):
     """LoRA's two factors, which may learn at two rates."""
 
-    lr_ratio: float = 1.0  # B learns this many times faster than A (LoRA+ suggests 16); above 0
+    lr_ratio: float = 1.0
+    """B learns this many times faster than A: above 0. 1 is LoRA; LoRA+ (arXiv 2402.12354) suggests
+    16. Read by `Adapter.lr_scale`."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -109,9 +114,13 @@ class Anchored(Product):
     singular vectors differ between machines.
     """
 
-    r: int = 8  # rank, from 1 to min(d_in, d_out)
-    alpha: float | None = None  # scale before the division by r, above 0; None: r
-    rslora: bool = False  # divide alpha by sqrt(r) instead of r
+    r: int = 8
+    """Rank, from 1 to min(d_in, d_out)."""
+    alpha: float | None = None
+    """Numerator of the scale s = alpha / r of the update, above 0. None: r, so that s = 1 without
+    rslora."""
+    rslora: bool = False
+    """Divide alpha by sqrt(r) instead of r (rsLoRA, arXiv 2312.03732)."""
 
     def __post_init__(self):
         check_rank(self)

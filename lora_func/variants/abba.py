@@ -39,9 +39,13 @@ class ABBA(Product):
         lr=0.01,
     )
 
-    r: int = 8  # rank of each of the two, from 1 to min(d_in, d_out)
-    alpha: float = 16.0  # scale of the update before the division by r, above 0
-    svd: str = "exact"  # or "randomized": much faster for a small r on a large layer
+    r: int = 8
+    """Rank of each of the two products, from 1 to min(d_in, d_out)."""
+    alpha: float = 16.0
+    """Numerator of the scale s = alpha / r of the update, above 0."""
+    svd: str = "exact"
+    """How the weight is decomposed: "exact", or "randomized" with 4 power iterations, which is much
+    faster for a small r on a large layer."""
 
     def __post_init__(self):
         check_rank(self)

@@ -41,8 +41,10 @@ class AdaLoRA(Product):
         beside_peft="the same function; the allocator is a pure step of the loop",
     )
 
-    r: int = 12  # rank at the start, at least 1
-    alpha: float = 16.0  # scale of the update before the division by r, above 0
+    r: int = 12
+    """Rank of each layer at the start, at least 1. The default is PEFT's init_r."""
+    alpha: float = 16.0
+    """Numerator of the scale s = alpha / (r + 1e-5) of the update, above 0."""
 
     def __post_init__(self):
         check_rank(self)

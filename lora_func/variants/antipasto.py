@@ -45,7 +45,9 @@ class AntiPaSTO(Gains):
         beside_peft="not in PEFT; lora-lite rewrites the weight",
     )
 
-    pool: str = "rms"  # over tokens, to choose directions by data: "rms" or "mean_abs"
+    pool: str = "rms"
+    """How calibration averages over tokens to choose directions: "rms" or "mean_abs". Unused
+    without data."""
 
     def __post_init__(self):
         super().__post_init__()

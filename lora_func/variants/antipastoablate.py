@@ -58,10 +58,15 @@ class AntiPaSTOAblate(Directions):
         beside_peft="not in PEFT",
     )
 
-    r: int = 256  # directions that span the ablated ones, from 1 to min(d_in, d_out)
-    k: int = 1  # ablated directions, from 1 to r
-    init_alpha: float = 0.05  # share removed at init, above 0 and at most 1
-    coeff: float = 1.0  # factor of the removal, any number; may change at inference
+    r: int = 256
+    """Number of directions whose span holds the ablated ones, from 1 to min(d_in, d_out)."""
+    k: int = 1
+    """Number of ablated directions, from 1 to r."""
+    init_alpha: float = 0.05
+    """The share of the ablated directions that is removed at init: where a starts. Above 0 and at
+    most 1."""
+    coeff: float = 1.0
+    """c, factor of the removal: any number. It may change at inference; 0 is the base."""
 
     def __post_init__(self):
         check_rank(self)

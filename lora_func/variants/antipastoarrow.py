@@ -46,8 +46,11 @@ class AntiPaSTOArrow(Gains):
         beside_peft="not in PEFT; lora-lite rewrites the weight",
     )
 
-    block: int = 8  # directions in the dense block, from 1 to r - 1
-    pool: str = "rms"  # over tokens, to choose directions by data: "rms" or "mean_abs"
+    block: int = 8
+    """Number of directions in the dense block, from 1 to r - 1."""
+    pool: str = "rms"
+    """How calibration averages over tokens to choose directions: "rms" or "mean_abs". Unused
+    without data."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -66,8 +66,11 @@ class AntiPaSTOCorDA(Gains):
         beside_peft="not in PEFT, whose CorDA has another basis",
     )
 
-    cov_eps: float = 1e-3  # added to the eigenvalues of the second moment, above 0
-    diagonal: bool = False  # take the diagonal of the second moment alone
+    cov_eps: float = 1e-3
+    """eps, added to the eigenvalues of the second moment, above 0. With `diagonal`, to its
+    entries."""
+    diagonal: bool = False
+    """Take the diagonal of the second moment alone."""
 
     def __post_init__(self):
         super().__post_init__()

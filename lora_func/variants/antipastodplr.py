@@ -48,8 +48,11 @@ class AntiPaSTODPLR(Gain, Turned):
         beside_peft="not in PEFT; lora-lite rewrites the weight",
     )
 
-    k: int = 8  # rank of the core, from 1 to r
-    pool: str = "rms"  # over tokens, to choose directions by data: "rms" or "mean_abs"
+    k: int = 8
+    """Rank of the core B A, from 1 to r."""
+    pool: str = "rms"
+    """How calibration averages over tokens to choose directions: "rms" or "mean_abs". Unused
+    without data."""
 
     def __post_init__(self):
         super().__post_init__()

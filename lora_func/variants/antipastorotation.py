@@ -53,11 +53,18 @@ class AntiPaSTORotation(Turned):
         beside_peft="not in PEFT; lora-lite adds noise at init",
     )
 
-    r: int = 256  # singular directions, from 1 to min(d_in, d_out), a multiple of block_size
-    block_size: int = 4  # of the rotations, at least 2
-    max_rotation_angle: float = 0.5  # theta, in radians, above 0 and below pi
-    rotate_basis: str = "V"  # "V", "U" or "none"
-    coeff: float = 1.0  # c, any number; may change at inference
+    r: int = 256
+    """Number of singular directions, from 1 to min(d_in, d_out): a multiple of block_size."""
+    block_size: int = 4
+    """Number of directions that a rotation mixes, at least 2."""
+    max_rotation_angle: float = 0.5
+    """theta, in radians, above 0 and below pi. It bounds the angle for blocks of 2, and each entry
+    of A for larger ones."""
+    rotate_basis: str = "V"
+    """Which singular vectors turn: "V", "U" or "none"."""
+    coeff: float = 1.0
+    """c, factor of the shift and the rotation: any number. It may change at inference; 0 is the
+    base."""
 
     def __post_init__(self):
         check_rank(self)

@@ -11,9 +11,9 @@ with blocks of n = 2^(m-1) b inputs. `prepare` makes these blocks from n rows of
 takes one product whatever m is, and no copy of x is kept.
 
 v is zero at init, where x' = x + x (B_m .. B_1 - I) is x to the bit. ds is the deviation of the
-scale from 1, also zero at init; it spares the bias, as in PEFT. m = 2 and b = 8 are the paper's for
-language models. The weight is never read. PEFT trains both halves of Q and starts from the inverse
-rotation: -v imports it. Without its CUDA extension it takes m = 1, whatever it is given.
+scale from 1, also zero at init; it spares the bias, as in PEFT. The weight is never read. PEFT
+trains both halves of Q and starts from the inverse rotation: -v imports it. Without its CUDA
+extension it takes m = 1, whatever it is given.
 """
 
 from __future__ import annotations
@@ -52,8 +52,12 @@ class BOFT(Variant):
         beside_peft="the inverse rotation, and half the numbers; PEFT's m > 1 needs a compiler",
     )
 
-    block_size: int = 8  # b, even
-    m: int = 2  # butterfly factors, at least 1; 2^(m-1) b divides d_in
+    block_size: int = 8
+    """b, the number of inputs that one rotation turns: even. 8 is the paper's for language
+    models."""
+    m: int = 2
+    """Number of butterfly factors, at least 1; 2^(m-1) b must divide d_in. 1 is OFT with a scale, 2
+    the paper's for language models."""
 
     def __post_init__(self):
         check_rank(self, "block_size")

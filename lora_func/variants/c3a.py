@@ -51,7 +51,9 @@ class C3A(Variant):
         beside_peft="the same function; PEFT 0.21 has a wrong gradient in x",
     )
 
-    block_size: int = 256  # b, which divides d_in and d_out
+    block_size: int = 256
+    """b, the size of the circulant blocks, which divides d_in and d_out. A layer trains d_in
+    d_out / b numbers."""
 
     def __post_init__(self):
         check_rank(self, "block_size")

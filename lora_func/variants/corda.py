@@ -47,7 +47,9 @@ class CorDA(Anchored):
         beside_peft="the paper's covariance; PEFT divides each batch by its largest entry first",
     )
 
-    mode: str = "ipm"  # "ipm": the largest triplets; "kpm": the smallest
+    mode: str = "ipm"
+    """Which triplets of W C are taken: "ipm" (instruction-previewed), the r largest, which carry
+    the data; "kpm" (knowledge-preserved), the r smallest."""
 
     def __post_init__(self):
         super().__post_init__()

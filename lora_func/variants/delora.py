@@ -16,7 +16,7 @@ a frozen copy is subtracted, with lam at lambda0; the first step does not jump. 
 base output to the bit. (The authors' code subtracts the copy under the current lam.)
 
 The paper's formula has one norm of W; the authors' code, PEFT and this file take one for each
-input channel. The weight is read once, at init, dequantized. lambda0 = 15 is PEFT's default.
+input channel. The weight is read once, at init, dequantized.
 """
 
 from __future__ import annotations
@@ -56,9 +56,14 @@ class DeLoRA(Product):
     )
     renamed: ClassVar = {"init": "start"}
 
-    r: int = 8  # rank, at least 1
-    lambda0: float = 15.0  # initial bound of the update, over the column norms of W; above 0
-    start: str = "peft"  # "peft": B = 0; "paper": subtract a frozen copy
+    r: int = 8
+    """Number of rank-one terms, at least 1."""
+    lambda0: float = 15.0
+    """Where lam starts, above 0. It bounds the update: its Frobenius norm is at most lam times the
+    largest column norm of W. 15 is PEFT's default."""
+    start: str = "peft"
+    """How A and B start. "peft": B is zero, and the first step jumps. "paper": a frozen copy is
+    subtracted (equation 9 of the paper), and it does not."""
 
     def __post_init__(self):
         check_rank(self)

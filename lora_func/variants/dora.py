@@ -59,7 +59,8 @@ class DoRA(LowRank):
         beside_peft="the same, gradients included; PEFT forms the dense update on each call",
     )
 
-    detach_norm: bool = True  # treat the row norms as constants in the gradient, as the paper does
+    detach_norm: bool = True
+    """Treat the row norms n as constants in the gradient, as the paper does."""
 
     def __post_init__(self):
         super().__post_init__()

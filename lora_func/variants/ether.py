@@ -48,7 +48,8 @@ class ETHER(Factored):
         lr=2e-3,
     )
 
-    n: int = 1  # blocks, at least 1; divides d_in into blocks of at least 2 inputs
+    n: int = 1
+    """Number of blocks, at least 1; divides d_in into blocks of at least 2 inputs."""
 
     def __post_init__(self):
         check_rank(self, "n")

@@ -53,7 +53,9 @@ class ETHERPlus(Factored):
         lr=5e-3,
     )
 
-    n: int = 4  # blocks, at least 1; divides d_in and d_out into blocks of at least 2
+    n: int = 4
+    """Number of blocks on each side, at least 1; divides d_in and d_out into blocks of at least
+    2."""
 
     def __post_init__(self):
         check_rank(self, "n")

@@ -51,9 +51,12 @@ class EVA(TwoFactors):
         beside_peft="exact components; PEFT's incremental SVD agrees on one batch",
     )
 
-    rho: float = 2.0  # at least 1: a layer's rank is at most round(rho r); 1: r everywhere
-    center: bool = True  # components of the covariance; False: of the uncentred second moment
-    whiten: bool = False  # divide each direction by the root of its singular value, as in PEFT
+    rho: float = 2.0
+    """At least 1: a layer's rank is at most round(rho r). 1 gives every layer the rank r."""
+    center: bool = True
+    """Take the components of the covariance. False: of the uncentred second moment."""
+    whiten: bool = False
+    """Divide each direction by the root of its singular value, as PEFT's option of this name."""
 
     def __post_init__(self):
         super().__post_init__()

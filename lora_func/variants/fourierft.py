@@ -5,9 +5,9 @@
 F is the two-dimensional spectrum of ΔW: ΔW[j, k] is alpha / (d_out d_in) times the sum of
 c_t cos(2π (rows_t j / d_out + cols_t k / d_in)). The n frequencies are different positions, drawn
 once and stored. c [n] is zero at init, so the output is the base output to the bit. ΔW is linear in
-c: another start, such as PEFT's N(0, 1), has the same gradient and adds noise to the weight. n and
-alpha are PEFT's by default; the paper has alpha = 300. PEFT draws the frequencies of each layer
-from one seed, 777: those of its files come in as the leaves rows and cols.
+c: another start, such as PEFT's N(0, 1), has the same gradient and adds noise to the weight. PEFT
+draws the frequencies of each layer from one seed, 777: those of its files come in as the leaves
+rows and cols.
 
 ΔW is made anew by one FFT in float32 for each product, in forward and in backward, and not kept. It
 is real, so half of the spectrum is enough: a wave of the other half is one of this half, mirrored.
@@ -67,8 +67,10 @@ class FourierFT(Variant):
         beside_peft="the same function; PEFT starts c from N(0, 1) and keeps a dense ΔW",
     )
 
-    n: int = 1000  # frequencies, from 1 to d_in d_out
-    alpha: float = 150.0  # scale of the update, above 0
+    n: int = 1000
+    """Number of trained frequencies, from 1 to d_in d_out. 1000 is PEFT's default."""
+    alpha: float = 150.0
+    """Scale of the update, above 0. 150 is PEFT's default; the paper takes 300."""
 
     def __post_init__(self):
         check_rank(self, "n")

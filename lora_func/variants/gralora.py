@@ -53,10 +53,16 @@ class GraLoRA(Product):
         beside_peft="the same function",
     )
 
-    r: int = 32  # numbers as in a LoRA of rank r, a multiple of k
-    alpha: float = 64.0  # scale of the update before the division by r + hybrid_r, above 0
-    k: int = 2  # parts of the input and of the output, which divides d_in and d_out
-    hybrid_r: int = 0  # rank of a plain LoRA beside, at least 0
+    r: int = 32
+    """A layer has as many numbers as a LoRA of this rank; a multiple of k. Each block has the rank
+    r / k."""
+    alpha: float = 64.0
+    """Numerator of the scale s = alpha / (r + hybrid_r) of the update, above 0."""
+    k: int = 2
+    """Number of parts of the input and of the output, at least 1; divides d_in, d_out and r. 1 is
+    LoRA."""
+    hybrid_r: int = 0
+    """Rank of a plain LoRA that is added, at least 0."""
 
     def __post_init__(self):
         check_rank(self)

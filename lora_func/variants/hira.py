@@ -50,7 +50,8 @@ class HiRA(Variant):
         beside_peft="the same function; PEFT keeps a dense W ∘ (B A) of each layer for backward",
     )
 
-    r: int = 32  # rank of B A, at least 1
+    r: int = 32
+    """Rank of B A, at least 1."""
 
     def __post_init__(self):
         check_rank(self)

@@ -53,8 +53,11 @@ class HRA(Factored):
         beside_peft="the same function; PEFT applies the reflections one by one",
     )
 
-    r: int = 8  # number of reflections, even
-    init_norm: float | None = None  # length of the vectors, above 0; None: sqrt(2 d_in / (3 r))
+    r: int = 8
+    """Number of reflections: even, at least 2."""
+    init_norm: float | None = None
+    """Length of the vectors at init, above 0: the longer, the less a step turns them. None: sqrt(2
+    d_in / (3 r)), as in PEFT."""
 
     def __post_init__(self):
         check_rank(self)

@@ -45,9 +45,13 @@ class InitAB(Anchored):
         beside_peft='PEFT has `start="orthogonal"` alone, exact up to rounding',
     )
 
-    r: int = 8  # rank, at least 1; even for "orthogonal"
-    alpha: float | None = 16.0  # scale before the division by r, above 0; None: r
-    start: str = "kaiming"  # what A0 and B0 are drawn from; or "orthogonal"
+    r: int = 8
+    """Rank, at least 1; even for "orthogonal"."""
+    alpha: float | None = 16.0
+    """Numerator of the scale s = alpha / r of the update, above 0. None: r."""
+    start: str = "kaiming"
+    """What A0 and B0 are drawn from: "kaiming", U(±1 / sqrt(d_in)) for both; or "orthogonal",
+    PEFT's start of this name, where B0 A0 is zero up to rounding."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -53,8 +53,11 @@ class LoftQ(TwoFactors):
         beside_peft="one round, as `replace_lora_weights_loftq`, for any alpha and any packing",
     )
 
-    svd: str = "exact"  # or "randomized": much faster for a small r on a large layer
-    niter: int = 4  # power iterations of the randomized one, at least 1
+    svd: str = "exact"
+    """How the difference is decomposed: "exact", or "randomized", which is much faster for a small
+    r on a large layer."""
+    niter: int = 4
+    """Power iterations of the randomized SVD, at least 1; unused by the exact one."""
 
     def __post_init__(self):
         super().__post_init__()

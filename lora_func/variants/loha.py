@@ -48,8 +48,10 @@ class LoHa(Product):
         beside_peft="the same function; PEFT forms the dense update",
     )
 
-    r: int = 8  # rank of each of the two, at least 1
-    alpha: float = 8.0  # scale of the update before the division by r, above 0
+    r: int = 8
+    """Rank of each of the two products, at least 1. The rank of the update is r² at most."""
+    alpha: float = 8.0
+    """Numerator of the scale s = alpha / r of the update, above 0."""
 
     def __post_init__(self):
         check_rank(self)

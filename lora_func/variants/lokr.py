@@ -54,10 +54,15 @@ class LoKr(Variant):
         beside_peft="the same function; PEFT forms the dense update",
     )
 
-    r: int = 8  # rank of a factor that is large beside it, at least 1
-    alpha: float = 8.0  # scale of the update before the division by r, above 0
-    decompose_factor: int | None = None  # l and m, or the limit of the two; None: no limit
-    decompose_both: bool = False  # w1 too may be a product of rank r
+    r: int = 8
+    """Rank of a factor that is large beside it, at least 1."""
+    alpha: float = 8.0
+    """Numerator of the scale s = alpha / r of the update, above 0."""
+    decompose_factor: int | None = None
+    """l and m, the sides of w1, where it divides the size of the layer, and otherwise a limit of
+    both, besides the square root of the size: at least 1. None: no other limit."""
+    decompose_both: bool = False
+    """w1, too, may be a product of rank r. False: w2 alone."""
 
     def __post_init__(self):
         check_rank(self)

@@ -46,8 +46,10 @@ class LoRA(TwoFactors):
         beside_peft="the same; alpha is 16 by default, PEFT's 8",
     )
 
-    start: str = "kaiming"  # what A is drawn from; or "gaussian"
-    add_bias: bool = False  # train a bias of B, too; layers without a bias then cannot be merged
+    start: str = "kaiming"
+    """What A is drawn from: "kaiming", U(±1 / sqrt(d_in)), or "gaussian", N(0, 1 / r²)."""
+    add_bias: bool = False
+    """Train a bias b of B, too. Layers without a bias then cannot be merged."""
 
     def __post_init__(self):
         super().__post_init__()

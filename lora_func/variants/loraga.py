@@ -63,13 +63,22 @@ class LoRAGA(Anchored):
         beside_peft="the same factors from the same gradient; PEFT makes the weights require grad",
     )
 
-    r: int = 8  # rank, from 1 to half of min(d_in, d_out)
-    alpha: float | None = 16.0  # scale before the division by r, above 0; None: r
-    direction: str = "ArB2r"  # triplets of A0 and of B0; or "A2rBr", "ArBr", "random"
-    start_scale: str = "stable"  # of B0; or "weight_svd", "gd_scale", "unit"
-    gamma: float = 16.0  # of "stable": the larger, the smaller B0; above 0
-    svd: str = "exact"  # or "randomized"
-    niter: int = 4  # power iterations of the randomized one, at least 1
+    r: int = 8
+    """Rank, from 1 to half of min(d_in, d_out): two times r triplets of the gradient are read."""
+    alpha: float | None = 16.0
+    """Numerator of the scale s = alpha / r of the update, above 0. None: r."""
+    direction: str = "ArB2r"
+    """Which triplets of the gradient A0 and B0 take: "ArB2r", "A2rBr", "ArBr" or "random", as in
+    the table above."""
+    start_scale: str = "stable"
+    """The factor c of B0: "stable", "weight_svd", "gd_scale" or "unit", as in that table."""
+    gamma: float = 16.0
+    """Of "stable": the larger, the smaller B0; above 0. Unused by the others."""
+    svd: str = "exact"
+    """How the gradient is decomposed: "exact", or "randomized", which is much faster for a small r
+    on a large layer."""
+    niter: int = 4
+    """Power iterations of the randomized SVD, at least 1; unused by the exact one."""
 
     def __post_init__(self):
         super().__post_init__()

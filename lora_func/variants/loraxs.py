@@ -5,7 +5,6 @@
 U_r S_r V_r are the top singular triplets of the weight, which is read once, at init. Only R [r, r]
 is trained, so the count does not depend on the width of the layer. R starts at zero, where it has
 a gradient, since A and B are not zero; the authors draw it from N(0, 1e-10).
-alpha = None means r, so that s = 1.
 """
 
 from __future__ import annotations
@@ -39,10 +38,15 @@ class LoRAXS(Product):
         width=4,
     )
 
-    r: int = 32  # singular triplets, from 1 to min(d_in, d_out)
-    alpha: float | None = None  # scale before the division by r, above 0; None: r, so that s = 1
-    svd: str = "exact"  # or "randomized": much faster for a small r on a large layer
-    niter: int = 4  # power iterations of the randomized one, at least 1
+    r: int = 32
+    """Number of singular triplets, from 1 to min(d_in, d_out); r² numbers are trained."""
+    alpha: float | None = None
+    """Numerator of the scale s = alpha / r of the update, above 0. None: r, so that s = 1."""
+    svd: str = "exact"
+    """How the weight is decomposed: "exact", or "randomized", which is much faster for a small r on
+    a large layer."""
+    niter: int = 4
+    """Power iterations of the randomized SVD, at least 1; unused by the exact one."""
 
     def __post_init__(self):
         check_rank(self)

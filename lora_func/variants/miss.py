@@ -45,8 +45,11 @@ class MiSS(Factored):
         beside_peft="the same function",
     )
 
-    r: int = 64  # width of a shard, from 1 to d_in
-    mini_r: int | None = None  # columns of D, which divides d_out; None: d_out
+    r: int = 64
+    """Width of a shard of the input, from 1 to d_in. The rank of the update is r at most."""
+    mini_r: int | None = None
+    """Columns of D, which are repeated along the outputs: a divisor of d_out. None: d_out. It is
+    PEFT's "mini"."""
 
     def __post_init__(self):
         check_rank(self)

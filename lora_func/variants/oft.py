@@ -47,9 +47,13 @@ class OFT(Variant):
         beside_peft="the same with terms=5; PEFT's exact form is the inverse rotation",
     )
 
-    block_size: int = 32  # b, at least 2, divides d_in
-    share: bool = False  # one rotation for all blocks
-    terms: int | None = None  # of the Cayley-Neumann series, at least 4; None: exact
+    block_size: int = 32
+    """b, the number of inputs that a rotation mixes, at least 2; divides d_in."""
+    share: bool = False
+    """One rotation for all blocks of a layer. False: one for each."""
+    terms: int | None = None
+    """k, the number of terms of the Cayley-Neumann series (OFTv2), at least 4. None: the exact
+    Cayley transform."""
 
     def __post_init__(self):
         check_rank(self, "block_size")

@@ -6,7 +6,7 @@
 
 The columns of B0 are orthonormal. As in PEFT the scale is not divided out of the factors, so the
 start is s Q_r R_r. The output at init is the base output to the bit. The weight is read once, at
-init. alpha = None means r.
+init.
 """
 
 from __future__ import annotations

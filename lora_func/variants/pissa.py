@@ -43,8 +43,11 @@ class PiSSA(Anchored):
         beside_peft="the same function; PEFT rewrites the weight, 6e-3 off in bfloat16",
     )
 
-    svd: str = "exact"  # or "randomized": much faster for a small r on a large layer
-    niter: int = 4  # power iterations of the randomized one, at least 1
+    svd: str = "exact"
+    """How the weight is decomposed: "exact", or "randomized", which is much faster for a small r on
+    a large layer."""
+    niter: int = 4
+    """Power iterations of the randomized SVD, at least 1; unused by the exact one."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -54,8 +54,10 @@ class RandLoRA(Variant):
         beside_peft="the same function; PEFT draws A and B from a key of its own",
     )
 
-    r: int = 32  # rank of a basis, at least 1
-    alpha: float = 640.0  # scale of the update before the division by r, above 0
+    r: int = 32
+    """Rank of a basis, at least 1. The smaller, the more bases n, and the more is trained."""
+    alpha: float = 640.0
+    """Numerator of the scale s = alpha / r of the update, above 0."""
 
     def __post_init__(self):
         check_rank(self)

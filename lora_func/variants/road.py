@@ -47,8 +47,11 @@ class ROAD(Variant):
         beside_peft="the same function; the scale is stored as its deviation from 1",
     )
 
-    kind: str = "road_1"  # "road_1", "road_2" or "road_4"
-    group_size: int = 64  # g, even, divides d_out
+    kind: str = "road_1"
+    """How many angles, and as many scales, a pair of outputs has: "road_1" one, "road_2" two,
+    "road_4" four."""
+    group_size: int = 64
+    """g: outputs i and i + g/2 of each group are a pair. Even, and divides d_out."""
 
     def __post_init__(self):
         check_choice(self, "kind", ("road_1", "road_2", "road_4"))

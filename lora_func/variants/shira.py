@@ -7,7 +7,7 @@ has, chosen once; the rank of ΔW is not limited. v is zero at init, so the outp
 to the bit. Of the paper's five masks this file has three: random positions, as in PEFT; those of
 the largest |W|; those of the largest |gradient| of W, summed over a few batches. The last is also
 how RoSA (Nikdan et al. 2024, arXiv 2401.04679) chooses, whose other half is a LoRA:
-`Chain(LoRA(), SHiRA(mask="gradient"))`. r = 32 is PEFT's default.
+`Chain(LoRA(), SHiRA(mask="gradient"))`.
 
 ΔW is made anew for each product, in forward and in backward, and not kept. (A sum over the n
 positions would keep [tokens, n].) So each token that is decoded alone pays for making it: merge the
@@ -47,9 +47,13 @@ class SHiRA(Variant):
         beside_peft="the same function; PEFT keeps a dense W + ΔW of each layer for backward",
     )
 
-    r: int = 32  # of a LoRA with as many numbers, from 1 to d_out d_in / (d_out + d_in)
+    r: int = 32
+    """A layer has as many numbers as a LoRA of this rank, r (d_in + d_out): from 1 to d_in
+    d_out / (d_in + d_out). 32 is PEFT's default."""
 
-    mask: str = "random"  # or "magnitude", "gradient"; the last needs data
+    mask: str = "random"
+    """Which positions are trained: "random"; "magnitude", those of the largest |W|; "gradient",
+    those of the largest |gradient|, which needs data."""
 
     def __post_init__(self):
         check_rank(self)

@@ -49,8 +49,11 @@ class SSteer(Directions):
         beside_peft="not in PEFT",
     )
 
-    r: int = 64  # singular directions, from 1 to min(d_in, d_out)
-    alpha: float = 1.0  # strength, any number; may change at inference
+    r: int = 64
+    """Number of singular directions, from 1 to min(d_in, d_out)."""
+    alpha: float = 1.0
+    """Strength: any number. It may change at inference; 0 is the base, and a negative one steers
+    the other way."""
 
     def __post_init__(self):
         check_rank(self)

@@ -42,8 +42,10 @@ class SSVD(Turned):
         beside_peft="not in PEFT",
     )
 
-    r: int = 64  # singular directions, from 1 to min(d_in, d_out)
-    approximate: bool = False  # G = I - 2K, without a solve
+    r: int = 64
+    """Number of singular directions, from 1 to min(d_in, d_out)."""
+    approximate: bool = False
+    """Take G = I - 2K, the paper's default, without a solve: orthogonal up to O(K²)."""
 
     def __post_init__(self):
         check_rank(self)

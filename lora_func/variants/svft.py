@@ -52,9 +52,13 @@ class SVFT(Product):
         width=8,
     )
 
-    r: int = 256  # singular triplets, from 1 to min(d_in, d_out)
-    pattern: str = "plain"  # "plain", "banded", "random" or "topk"
-    d: int = 16  # diagonals on either side, from 1 to r - 1; "plain" has none
+    r: int = 256
+    """Number of singular triplets, from 1 to min(d_in, d_out). The paper takes all."""
+    pattern: str = "plain"
+    """Which entries of M are trained: "plain", "banded", "random" or "topk", as in the table
+    above."""
+    d: int = 16
+    """Diagonals on either side of the main one, from 1 to r - 1. Unused by "plain"."""
 
     def __post_init__(self):
         check_rank(self)

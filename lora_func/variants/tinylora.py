@@ -42,10 +42,15 @@ class TinyLoRA(Product):
         beside_peft="the same function; PEFT draws the P_i from a seed of its own",
     )
 
-    r: int = 2  # singular triplets, from 1 to min(d_in, d_out)
-    n: int = 64  # trained numbers, at least 1
-    share: bool = False  # one v for all layers
-    svd: str = "exact"  # or "randomized": much faster for a small r on a large layer
+    r: int = 2
+    """Number of singular triplets, from 1 to min(d_in, d_out)."""
+    n: int = 64
+    """Number of trained numbers, at least 1: the length of v."""
+    share: bool = False
+    """Train one v for all layers: n numbers for the whole model. False: one for each layer."""
+    svd: str = "exact"
+    """How the weight is decomposed: "exact", or "randomized" with 4 power iterations, which is much
+    faster for a small r on a large layer."""
 
     def __post_init__(self):
         check_rank(self)

@@ -58,11 +58,17 @@ class VBLoRA(Product):
         beside_peft='the same function with start="peft"; PEFT\'s output at init is moved',
     )
 
-    r: int = 4  # rank, at least 1
-    num_vectors: int = 256  # h, of the bank
-    vector_length: int = 256  # b, which divides d_in and d_out
-    topk: int = 2  # k, from 2 to num_vectors
-    start: str = "exact"  # or "peft": without B0 and A0, moved at init
+    r: int = 4
+    """Rank, at least 1."""
+    num_vectors: int = 256
+    """h, the number of vectors in the bank, at least topk."""
+    vector_length: int = 256
+    """b, the length of a vector of the bank, which divides d_in and d_out."""
+    topk: int = 2
+    """k, the number of vectors that make up a sub-vector, from 2 to num_vectors."""
+    start: str = "exact"
+    """Whether the start is subtracted: "exact"; or "peft", where it is not, as in the authors'
+    code, and the output at init is moved."""
 
     def __post_init__(self):
         for name in ("r", "num_vectors", "vector_length", "topk"):

@@ -8,8 +8,7 @@ layer slices what it needs. They are Kaiming-uniform with gain sqrt(2), U(±sqrt
 in PEFT. Training moves ld [r], which starts at d_initial, and lb [d_out], which starts at zero. So
 the output at init is the base output to the bit, and only lb has a gradient there. Nothing of the
 weight is read. The shapes of A and B depend on which layers are adapted, so a seed alone does not
-give them back: the file stores them. As in PEFT there is no alpha, and r is 256 and d_initial 0.1
-by default.
+give them back: the file stores them. As in PEFT there is no alpha.
 """
 
 from __future__ import annotations
@@ -48,8 +47,10 @@ class VeRA(Factored):
         beside_peft="the same function; PEFT draws A and B from a key of its own",
     )
 
-    r: int = 256  # rows of A and columns of B, at least 1
-    d_initial: float = 0.1  # where ld starts, any number but 0
+    r: int = 256
+    """Rows of A and columns of B, at least 1. The default is PEFT's."""
+    d_initial: float = 0.1
+    """Where every entry of ld starts: any number but 0."""
 
     def __post_init__(self):
         check_rank(self)
