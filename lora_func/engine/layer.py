@@ -69,7 +69,7 @@ class AdaptedLayer(StandIn, Holder):
         active = None if self._active is None else self.acting(x)
         z = x
         if overrides(variant, "transform_input"):
-            z = each(variant.transform_input, (x,), p)
+            z = each(variant.transform_input, (x,), p, variant.broadcasts)
             z = z if active is None else torch.where(active, z, x)
         base_out = self.layer(z, *args, **kwargs)
         if not overrides(variant, "apply"):
@@ -78,7 +78,8 @@ class AdaptedLayer(StandIn, Holder):
             p = self.entries(torch.promote_types(x.dtype, base_out.dtype))
         if self._site.dropout and self.training:
             x = F.dropout(x, self._site.dropout)
-        out = each(lambda x, y, p: variant.apply(x, y, weight, p), (x, base_out), p)
+        apply = lambda x, y, p: variant.apply(x, y, weight, p)  # noqa: E731
+        out = each(apply, (x, base_out), p, variant.broadcasts)
         return out if active is None else torch.where(active, out, base_out)
 
     @property
