@@ -228,8 +228,8 @@ def decode(kind: str) -> str:
     counts = {(row["targets"], row["layers"], row["batch"], row["adapters"]): 0 for row in rows}
     headers = [f"{on} ({layers}): {n} x {k}" for on, layers, n, k in counts]
     table = markdown([[name, *own] for name, own in cells.items()], ["time / base", *headers])
-    about = f"{s['layers']} layers, sequences x adapters, after {s['prompt']} tokens, float32, r={s['r']}"
-    return f"{table}\n\n{about}; threads: {s['threads']}. {ran_on}."
+    about = f"Sequences x adapters, {s['layers']} layers, after {s['prompt']} tokens, float32"
+    return f"{table}\n\n{about}, r={s['r']}; threads: {s['threads']}. {ran_on}."
 
 
 def quantized(kind: str) -> str:
