@@ -238,13 +238,14 @@ def decode(kind: str) -> str:
     result, ran_on = read(f"decode-{kind}")
     s = result["settings"]
     cells: dict[str, list[str]] = {}
-    for row in result["rows"]:
+    rows = result["rows"]
+    for row in rows:
         cells.setdefault(row["variant"], []).append(f"{row['time over base']:.2f}")
-    counts = {row["targets"]: row["layers"] for row in result["rows"]}
-    headers = [f"{targets}: {layers} layers" for targets, layers in counts.items()]
+    counts = {(row["targets"], row["layers"], row["batch"], row["adapters"]): 0 for row in rows}
+    headers = [f"{on} ({layers}): {n} x {k}" for on, layers, n, k in counts]
     table = markdown([[name, *own] for name, own in cells.items()], ["time / base", *headers])
-    about = f"{s['layers']} layers, batch 1 after {s['prompt']} tokens, float32, r={s['r']}"
-    return f"{table}\n\n{about}; threads: {s['threads']}. {ran_on}."
+    about = f"Sequences x adapters, {s['layers']} layers, after {s['prompt']} tokens, float32"
+    return f"{table}\n\n{about}, r={s['r']}; threads: {s['threads']}. {ran_on}."
 
 
 def quantized(kind: str) -> str:

@@ -78,6 +78,10 @@ class Chain(Variant):
     def exact_gradient(self):
         return all(link.exact_gradient for link in self.links)
 
+    @property
+    def broadcasts(self):
+        return all(link.broadcasts for link in self.links)
+
     def init(self, weight, generator, stats=None):
         return together(
             link.init(weight, generator, stats if link.looks_at_data else None)

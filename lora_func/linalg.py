@@ -24,6 +24,7 @@ __all__ = [
     "low_rank_update",
     "matrix_root",
     "normal",
+    "over_rows",
     "randomized_svd",
     "skew",
     "top_svd",
@@ -69,12 +70,33 @@ def low_rank_update(
     gradient would be scaled in a tensor of the size of `base`. (`addmm` would fuse the sum with the
     product, but it copies `base`, and in eager mode its two reshapes cost more than the kernel that
     it saves.)
+
+    Examples may have factors of their own: then A, B or bias have an axis n in front, x is
+    `[n, rows, i]` and base `[n, rows, o]`.
     """
-    h = F.linear(x, A.to(x.dtype))  # [.., r]
     if scale != 1:
         B, bias = scale * B, None if bias is None else scale * bias
+    if A.dim() == 3 or B.dim() == 3 or (bias is not None and bias.dim() == 2):
+        return low_rank_updates(base, x, A, B, bias)
+    h = F.linear(x, A.to(x.dtype))  # [.., r]
     b = None if bias is None else bias.to(h.dtype)
     return base + F.linear(h, B.to(h.dtype), b).to(base.dtype)  # [.., o]
+
+
+def low_rank_updates(base: Tensor, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
+    """`low_rank_update` of n examples, `x [n, rows, i]`, some of whose factors have an axis n."""
+    h = x @ A.to(x.dtype).mT  # [n, rows, r]
+    if bias is not None:
+        base = base + over_rows(bias).to(base.dtype)
+    B = B.to(h.dtype)
+    if B.dim() == 3 and base.dtype == h.dtype:
+        return torch.baddbmm(base, h, B.mT)  # [n, rows, o]
+    return base + (h @ B.mT).to(base.dtype)
+
+
+def over_rows(v: Tensor) -> Tensor:
+    """`v [d]`, or `[n, d]` of n examples, in a shape that goes with `[n, rows, d]`."""
+    return v if v.dim() == 1 else v[:, None]
 
 
 def weighted_sum(C: Tensor, B: Tensor, A: Tensor, beta: float, alpha: float) -> Tensor:

@@ -245,6 +245,15 @@ class Variant(abc.ABC, metaclass=VariantType):
         """
         return True
 
+    @property
+    def broadcasts(self) -> bool:
+        """Whether `transform_input` and `apply` take a batch of examples with leaves of their own.
+
+        x is then `[n, rows, d_in]`, and prepared leaves have an axis n in front, or are shared by
+        all examples. If False, the engine maps both over the examples, which takes longer.
+        """
+        return False
+
     @abc.abstractmethod
     def init(self, weight: Weight, generator: torch.Generator | None, stats: Any = None) -> Params:
         """Fresh parameters for one layer, in float32 (float64 if derived from a float64 weight).

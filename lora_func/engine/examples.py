@@ -29,14 +29,24 @@ class Entries(NamedTuple):
         return self.dtype in (None, dtype) or torch.promote_types(self.dtype, dtype) == self.dtype
 
 
-def each(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], entries: Entries) -> Tensor:
+def each(
+    function: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    entries: Entries,
+    broadcasts: bool = False,
+) -> Tensor:
     """`function(*inputs, params)`; with an example axis, of each example by its own entry.
 
-    What all examples share goes in by closure.
+    `broadcasts`: the function takes all examples at once, as `[n, rows, features]`. What all
+    examples share goes in by closure.
     """
     params, own, _ = entries
     if not own:
         return function(*inputs, params)
+    if broadcasts:
+        n = params[own[0]].shape[0]
+        rows = (x.unflatten(0, (n, x.shape[0] // n)).flatten(1, -2) for x in inputs)
+        return function(*rows, params).view(inputs[-1].shape)
 
     def of_one(*tensors: Tensor) -> Tensor:
         leaves = dict(zip(own, tensors[len(inputs) :]))

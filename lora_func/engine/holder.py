@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -47,6 +47,11 @@ class Holder(nn.Module):
         held: dict[str, Any] = {**self._parameters, **self._buffers}
         return {name: held[f"lora_{name}"] for name in self._site.leaves}
 
+    def places(self) -> list[Place]:
+        """Where the trainable leaves are."""
+        names = [f"lora_{name}" for name in self._site.leaves]
+        return [(self._parameters if n in self._parameters else self._buffers, n) for n in names]
+
     def plain(self) -> Entries:
         """The parameters as they are now."""
         return entries_of(self._site, self.leaves())
@@ -71,12 +76,29 @@ def version(t: Tensor) -> object:
     return object() if t.is_inference() else t._version  # inference tensors are not counted
 
 
-def marks(tensors: list[Tensor]) -> tuple[tuple[Any, ...], ...]:
-    """What differs once one of the tensors is another or has changed, but for a `.data` write."""
-    return tuple((t, version(t), t.data_ptr(), t.device, t.dtype) for t in tensors)
+Place = tuple[Mapping[str, Any], str]  # a table of a module, and a name in it
 
 
-def are_current(old: tuple[tuple[Any, ...], ...], new: tuple[tuple[Any, ...], ...]) -> bool:
-    """Whether two results of `marks` are of the same tensors in the same state."""
-    same = len(old) == len(new)
-    return same and all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(old, new))
+class Note(NamedTuple):
+    """A tensor as it was found at a place."""
+
+    table: Mapping[str, Any]
+    name: str
+    tensor: Tensor | None
+    state: tuple[Any, ...]
+
+    def holds(self) -> bool:
+        """Whether the tensor is still there and unchanged, but for a write through `.data`."""
+        t = self.table.get(self.name)
+        return t is self.tensor and state(t) == self.state
+
+
+def noted(places: list[Place]) -> tuple[Note, ...]:
+    """The tensors that are at these places."""
+    found = [(table, name, table.get(name)) for table, name in places]
+    return tuple(Note(table, name, t, state(t)) for table, name, t in found)
+
+
+def state(t: Tensor | None) -> tuple[Any, ...]:
+    """What differs after a change of `t`."""
+    return () if t is None else (version(t), t.data_ptr(), t.device, t.dtype)

@@ -16,7 +16,7 @@ from ..precision import autocast_on
 from ..variant import Variant
 from ..weights.table import weight_of
 from .examples import Entries, each, prepare
-from .holder import Holder, are_current, marks
+from .holder import Holder, Note, Place, noted
 from .sites import Site
 from .view import StandIn
 
@@ -61,6 +61,8 @@ class AdaptedLayer(StandIn, Holder):
         return super().train(mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # By its table, since an attribute of a module that is a module is slow to read.
+        layer: Any = self._modules["layer"]
         variant, weight = self._site.variant, self._weight
         if not torch.compiler.is_compiling():
             self.__dict__["_ran"] = True
@@ -69,16 +71,17 @@ class AdaptedLayer(StandIn, Holder):
         active = None if self._active is None else self.acting(x)
         z = x
         if overrides(variant, "transform_input"):
-            z = each(variant.transform_input, (x,), p)
+            z = each(variant.transform_input, (x,), p, variant.broadcasts)
             z = z if active is None else torch.where(active, z, x)
-        base_out = self.layer(z, *args, **kwargs)
+        base_out = layer(z, *args, **kwargs)
         if not overrides(variant, "apply"):
             return base_out
         if base_out.dtype != x.dtype:
             p = self.entries(torch.promote_types(x.dtype, base_out.dtype))
         if self._site.dropout and self.training:
             x = F.dropout(x, self._site.dropout)
-        out = each(lambda x, y, p: variant.apply(x, y, weight, p), (x, base_out), p)
+        apply = lambda x, y, p: variant.apply(x, y, weight, p)  # noqa: E731
+        out = each(apply, (x, base_out), p, variant.broadcasts)
         return out if active is None else torch.where(active, out, base_out)
 
     @property
@@ -99,7 +102,7 @@ class AdaptedLayer(StandIn, Holder):
                 "otherwise leave this layer out of the targets, or call under torch.no_grad()"
             )
         first = next(iter(p.params.values()), x)
-        x = accelerate.moved_input(self.layer, x, first.device)
+        x = accelerate.moved_input(self._modules["layer"], x, first.device)
         if p.own:
             n = p.params[p.own[0]].shape[0]
             if x.dim() < 2 or not (x.shape[0] == n or self.generates(x.shape[0], n)):
@@ -131,24 +134,32 @@ class AdaptedLayer(StandIn, Holder):
         changes. In train mode it keeps none that require grad: optimizers and averages also write
         to leaves through `.data`, which torch does not count as a change.
         """
-        kept, traced = self._kept, in_transform() or torch.compiler.is_compiling()
-        if kept is not None and kept.sources is None and kept.entries.serves(dtype):
-            return kept.entries
-        trained = any(leaf.requires_grad for leaf in self.leaves().values())
-        keeps = not (traced or (trained and (self.training or torch.is_grad_enabled())))
-        if keeps and kept is not None and kept.entries.serves(dtype) and kept.is_current(self):
-            return kept.entries
+        kept = self._kept
+        if kept is not None and kept.entries.serves(dtype):
+            if kept.sources is None:
+                return kept.entries
+            if self.keeps() and all(source.holds() for source in kept.sources):
+                return kept.entries
         site, plain = self._site, self.plain()
         if not overrides(site.variant, "prepare"):
             return plain
+        traced, keeps = in_transform() or torch.compiler.is_compiling(), self.keeps()
         if not traced and torch.is_inference_mode_enabled():  # dynamo cannot trace it
             with torch.inference_mode(False), torch.no_grad():  # to be of use outside of it too
                 entries = prepare(site.variant, self._weight, plain, dtype)
         else:
             entries = prepare(site.variant, self._weight, plain, dtype)
         if not traced:
-            self.__dict__["_kept"] = Kept(entries, self.sources()) if keeps else None
+            self.__dict__["_kept"] = Kept(entries, noted(self.sources())) if keeps else None
         return entries
+
+    def keeps(self) -> bool:
+        """Whether prepared parameters of a bound view may be kept."""
+        if in_transform() or torch.compiler.is_compiling():
+            return False
+        if not (self.training or torch.is_grad_enabled()):
+            return True
+        return not any(table[name].requires_grad for table, name in self.places())
 
     def prepared_ahead(self) -> Entries:
         """The parameters, prepared before any input, for the dtype that it most likely has.
@@ -163,11 +174,11 @@ class AdaptedLayer(StandIn, Holder):
             dtype = torch.promote_types(dtype, torch.float32)
         return prepare(variant, weight, plain, dtype)
 
-    def sources(self) -> tuple[tuple[Any, ...], ...]:
-        """The state of each tensor that the parameters may be prepared from."""
+    def sources(self) -> list[Place]:
+        """Where the tensors are that the parameters may be prepared from."""
         own = self._weight.layer._parameters
-        reads = own.values() if self._site.variant.card.reads == "rows" else [own.get("bias")]
-        return marks([t for t in (*self.leaves().values(), *reads) if t is not None])
+        reads = own if self._site.variant.card.reads == "rows" else ["bias"]
+        return [*self.places(), *((own, name) for name in reads)]
 
 
 def misplaced(path: str, shape: tuple[int, ...], n: int) -> str:
@@ -197,14 +208,10 @@ def check_bare(layer: nn.Module, path: str) -> None:
 
 
 class Kept(NamedTuple):
-    """Prepared parameters, and their `sources`. None: they hold for the whole call."""
+    """Prepared parameters, and what they come from. None: they hold for the whole call."""
 
     entries: Entries
-    sources: tuple[tuple[Any, ...], ...] | None
-
-    def is_current(self, layer: AdaptedLayer) -> bool:
-        """Whether nothing that they were prepared from has changed."""
-        return self.sources is None or are_current(self.sources, layer.sources())
+    sources: tuple[Note, ...] | None
 
 
 def overrides(variant: Variant, method: str) -> bool:

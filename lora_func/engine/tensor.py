@@ -19,7 +19,7 @@ from ..weights.parameter import ParameterWeight
 from ..weights.terms import uncounted
 from . import stack
 from .examples import Entries
-from .holder import Holder, are_current, marks
+from .holder import Holder, Note, noted
 from .sites import Site
 from .view import twin
 
@@ -208,14 +208,14 @@ class AdaptedTensor(Holder):
         """Whether checkpointing runs a part again that needs what the forward had."""
         return in_backward() and (kept.trains or not self.trains())
 
-    def sources(self) -> tuple[tuple[Any, ...], ...]:
-        """The state of each tensor that the parameter is made from."""
-        return marks([self.stored, *self.leaves().values()])
+    def sources(self) -> tuple[Note, ...]:
+        """The tensors that the parameter is made from."""
+        return noted([(self._parameters, "base"), *self.places()])
 
     def serves(self, kept: Shown) -> bool:
         """Whether what was made before is what would be made now."""
         free = not (kept.trains or self.trains() or self.training)
-        return free and are_current(kept.sources, self.sources())
+        return free and all(source.holds() for source in kept.sources)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_running": set()}
@@ -226,7 +226,7 @@ class Shown(NamedTuple):
 
     tensor: Tensor
     trains: bool
-    sources: tuple[tuple[Any, ...], ...]
+    sources: tuple[Note, ...]
 
 
 def experts_apart(tensors: Sequence[AdaptedTensor]) -> dict[str, int]:

@@ -255,6 +255,25 @@ def vmap_is_the_loop(layer: Layer) -> None:
         expect_close(rows, layer(layer.trained), 1e-12, "vmap over the rows of x")
 
 
+@law(leads=((3, 4),), trains=True, applies=lambda variant: variant.broadcasts)
+def examples_are_the_loop(layer: Layer) -> None:
+    """Three examples at once, with leaves of their own, are the loop; also if they share some."""
+    leaves, dtype = layer.leaves(), layer.x.dtype
+    for own in (set(leaves), *({name} for name in leaves)):
+        each = []
+        for k in range(3):
+            changed = {name: leaf * (1 + 0.1 * k) for name, leaf in leaves.items() if name in own}
+            params = {**layer.trained, **changed}
+            each.append(Prepared(layer.variant.prepare(layer.weight, params, dtype)))
+        at_once = {}
+        for name, first in each[0].items():
+            alike = all(torch.equal(first, params[name]) for params in each)
+            at_once[name] = first if alike else torch.stack([params[name] for params in each])
+        loop = torch.stack([layer(params, x) for params, x in zip(each, layer.x)])
+        tolerance = 1e-12 * layer.condition  # batched products may sum in another order
+        expect_close(layer(Prepared(at_once)), loop, tolerance, f"own leaves {sorted(own)}")
+
+
 @law(leads=((2,),), largest=6, applies=lambda variant: variant.exact_gradient)
 def gradients(layer: Layer) -> None:
     """First and second derivatives in every leaf and in x are those of finite differences."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def gated(y: Tensor, d: Tensor) -> Tensor:
-    """`y + y ∘ d`, for `y [.., n]` and `d [n]` in one dtype.
+    """`y + y ∘ d`, for `y [.., n]` and `d [n]`, or `d [.., 1, n]`, in one dtype.
 
     The sum is made before it is rounded: in bfloat16, 1 + d would lose a small d. Backward makes
     the gradient of y in one kernel, where autograd would add up two tensors of its size.
@@ -36,7 +36,7 @@ class Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad):  # pyright: ignore
         y, d = ctx.saved_tensors
-        dd = (grad * y).reshape(-1, y.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        dd = (grad * y).sum_to_size(d.shape) if ctx.needs_input_grad[1] else None
         return torch.addcmul(grad, grad, d), dd
 
     @staticmethod

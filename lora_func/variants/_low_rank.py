@@ -38,6 +38,10 @@ class Product(Factored):
         """s."""
         return 1.0
 
+    @property
+    def broadcasts(self):
+        return True
+
     def pair(self, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """`A [r, d_in]` and `B [d_out, r]`, in the dtype of the parameters."""
         return params["A"], params["B"]

@@ -32,6 +32,7 @@ from ..linalg import (
     full_precision,
     kaiming,
     low_rank_update,
+    over_rows,
     weighted_sum,
 )
 from ..variant import Params
@@ -77,6 +78,10 @@ class DoRA(LowRank):
         A = kaiming(self.r, d_in, generator)
         return Params({"A": A, "B": B, "m": w2.sqrt()}, frozen={"w2": w2})
 
+    @property
+    def broadcasts(self):
+        return True
+
     def gain(self, weight, params):
         """ρ = m / n `[d_out]`. n is rounded to the dtype of m, so that ρ is 1 at init in any."""
         A, B = params["A"], params["B"]
@@ -94,7 +99,7 @@ class DoRA(LowRank):
     def apply(self, x, base_out, weight, params):
         p = self.prepared(weight, params, x.dtype)
         y = base_out - p["b"].to(base_out.dtype) if "b" in p else base_out
-        scaled = torch.addcmul(base_out, y, p["gain"].to(base_out.dtype))
+        scaled = torch.addcmul(base_out, y, over_rows(p["gain"]).to(base_out.dtype))
         return low_rank_update(scaled, x, p["A"], p["B"])
 
     def merged(self, weight, params):

@@ -54,6 +54,10 @@ class ETHER(Factored):
     def __post_init__(self):
         check_rank(self, "n")
 
+    @property
+    def broadcasts(self):
+        return True
+
     def init(self, weight, generator, stats=None):
         d_in = weight.shape[1]
         check_blocks(self, d_in, "inputs")

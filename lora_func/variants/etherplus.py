@@ -60,6 +60,10 @@ class ETHERPlus(Factored):
     def __post_init__(self):
         check_rank(self, "n")
 
+    @property
+    def broadcasts(self):
+        return True
+
     def init(self, weight, generator, stats=None):
         d_out, d_in = weight.shape
         check_blocks(self, d_in, "inputs")

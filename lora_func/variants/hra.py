@@ -69,6 +69,10 @@ class HRA(Factored):
         if self.init_norm is not None:
             check_positive(self, "init_norm")
 
+    @property
+    def broadcasts(self):
+        return True
+
     def init(self, weight, generator, stats=None):
         d_in = weight.shape[1]
         norm = self.init_norm or math.sqrt(2 * d_in / (3 * self.r))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ..card import Card, Peft
-from ..linalg import at_least_float32
+from ..linalg import at_least_float32, over_rows
 from ..variant import Params, Variant
 from ._gate import gated
 
@@ -40,6 +40,10 @@ class IA3(Variant):
         beside_peft="the same function; the gate is stored as its deviation from 1",
     )
 
+    @property
+    def broadcasts(self):
+        return True
+
     def init(self, weight, generator, stats=None):
         return Params({"d": torch.zeros(weight.shape[0], dtype=torch.float32)})
 
@@ -47,7 +51,7 @@ class IA3(Variant):
         return {"d": params["d"].to(dtype)}
 
     def apply(self, x, base_out, weight, params):
-        return gated(base_out, params["d"].to(base_out.dtype))
+        return gated(base_out, over_rows(params["d"]).to(base_out.dtype))
 
     def merged(self, weight, params):
         # (1 + d) W, (1 + d) b

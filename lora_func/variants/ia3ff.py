@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..card import TARGETS, Card, Peft
-from ..linalg import at_least_float32
+from ..linalg import at_least_float32, over_rows
 from ..variant import Params, Variant
 from ._gate import gated
 
@@ -39,6 +39,10 @@ class IA3FF(Variant):
         beside_peft="the same function; the gate is stored as its deviation from 1",
     )
 
+    @property
+    def broadcasts(self):
+        return True
+
     def init(self, weight, generator, stats=None):
         return Params({"d": torch.zeros(weight.shape[1], dtype=torch.float32)})
 
@@ -46,7 +50,7 @@ class IA3FF(Variant):
         return {"d": params["d"].to(dtype)}
 
     def transform_input(self, x, params):
-        return gated(x, params["d"].to(x.dtype))
+        return gated(x, over_rows(params["d"]).to(x.dtype))
 
     def merged(self, weight, params):
         # W (1 + d)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from ..card import Card, Peft
 from ..checks import check_number, check_rank
 from ..errors import LoraFuncError
-from ..linalg import at_least_float32, uniform
+from ..linalg import at_least_float32, over_rows, uniform
 from ..variant import Params
 from ._low_rank import Factored
 
@@ -60,6 +60,10 @@ class VeRA(Factored):
                 "VeRA(d_initial=0.0): d_initial must not be 0, or nothing could learn"
             )
 
+    @property
+    def broadcasts(self):
+        return True
+
     def init(self, weight, generator, stats=None):
         ld = torch.full((self.r,), float(self.d_initial), dtype=torch.float32)
         return Params({"lb": torch.zeros(weight.shape[0], dtype=torch.float32), "ld": ld})
@@ -79,9 +83,9 @@ class VeRA(Factored):
     def apply(self, x, base_out, weight, params):
         p = self.prepared(weight, params, x.dtype)
         h = F.linear(x, p["A"].to(x.dtype))  # [.., r]
-        h = h * p["ld"].to(h.dtype)
+        h = h * over_rows(p["ld"]).to(h.dtype)
         delta = F.linear(h, p["B"].to(h.dtype))
-        return base_out + (delta * p["lb"].to(delta.dtype)).to(base_out.dtype)
+        return base_out + (delta * over_rows(p["lb"]).to(delta.dtype)).to(base_out.dtype)
 
     def factors(self, weight, params):
         # W_eff = W + diag(lb) B diag(ld) A
