@@ -39,7 +39,7 @@ class Product(Factored):
         return 1.0
 
     @property
-    def broadcasts(self):
+    def broadcasts(self) -> bool:
         return True
 
     def pair(self, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,7 @@ class GraLoRA(Product):
         return {name: leaf.to(dtype) for name, leaf in {**params, **scaled}.items()}
 
     @property
-    def broadcasts(self):
+    def broadcasts(self) -> bool:
         return False
 
     def apply(self, x, base_out, weight, params):
