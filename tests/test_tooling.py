@@ -82,3 +82,4 @@ def test_ci_runs_sessions_that_there_are():
 def test_the_files_name_one_version():
     citation = yaml.safe_load(read("CITATION.cff"))
     assert {citation["version"], metadata.version("lora_func")} == {lf.__version__}
+    assert f"version = {{{lf.__version__}}}" in read("docs/citation.md")

@@ -1,8 +1,8 @@
 """A hook of mkdocs: what stands in the project's root is on the site too, and is written once.
 
-CONTRIBUTING.md, CHANGELOG.md and CITATION.cff become pages. The pages of examples follow their
-list in the navigation. The address of the repository comes
-from pyproject.toml: with a `Repository` among its URLs, pages link to their source.
+CONTRIBUTING.md and CHANGELOG.md become pages. The pages of examples follow their list in the
+navigation. The address of the repository comes from pyproject.toml: with a `Repository` among its
+URLs, pages link to their source.
 """
 
 from __future__ import annotations
@@ -21,12 +21,6 @@ def text(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def citation() -> str:
-    """How to cite: the file that tools read."""
-    about = "GitHub, Zotero and others make an entry for BibTeX of this file, `CITATION.cff`:"
-    return f"# Citation\n\n{about}\n\n```yaml\n{text('CITATION.cff')}```\n"
-
-
 def on_config(config: MkDocsConfig) -> None:
     (research,) = (part["Research"] for part in config.nav or () if "Research" in part)
     pages = sorted(Path(config.docs_dir, "examples").glob("*.md"))
@@ -40,5 +34,5 @@ def on_config(config: MkDocsConfig) -> None:
 def on_files(files: Files, config: MkDocsConfig) -> None:
     pages = {name: text(f"{name.upper()}.md") for name in ("contributing", "changelog")}
     pages = {name: page.replace("](docs/", "](") for name, page in pages.items()}
-    for name, page in {**pages, "citation": citation()}.items():
+    for name, page in pages.items():
         files.append(File.generated(config, f"{name}.md", content=page))
