@@ -78,17 +78,17 @@ def low_rank_update(
         B, bias = scale * B, None if bias is None else scale * bias
     if A.dim() == 3 or B.dim() == 3 or (bias is not None and bias.dim() == 2):
         return low_rank_updates(base, x, A, B, bias)
-    h = F.linear(x, A.to(x.dtype))  # [.., r]
-    b = None if bias is None else bias.to(h.dtype)
-    return base + F.linear(h, B.to(h.dtype), b).to(base.dtype)  # [.., o]
+    h = F.linear(x, cast(A, x.dtype))  # [.., r]
+    b = None if bias is None else cast(bias, h.dtype)
+    return base + cast(F.linear(h, cast(B, h.dtype), b), base.dtype)  # [.., o]
 
 
 def low_rank_updates(base: Tensor, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
     """`low_rank_update` of n examples, `x [n, rows, i]`, some of whose factors have an axis n."""
-    h = x @ A.to(x.dtype).mT  # [n, rows, r]
+    h = x @ cast(A, x.dtype).mT  # [n, rows, r]
     if bias is not None:
         base = base + over_rows(bias).to(base.dtype)
-    B = B.to(h.dtype)
+    B = cast(B, h.dtype)
     if B.dim() == 3 and base.dtype == h.dtype:
         return torch.baddbmm(base, h, B.mT)  # [n, rows, o]
     return base + (h @ B.mT).to(base.dtype)
@@ -97,6 +97,11 @@ def low_rank_updates(base: Tensor, x: Tensor, A: Tensor, B: Tensor, bias: Tensor
 def over_rows(v: Tensor) -> Tensor:
     """`v [d]`, or `[n, d]` of n examples, in a shape that goes with `[n, rows, d]`."""
     return v if v.dim() == 1 else v[:, None]
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t.to(dtype)`. To find that there is nothing to do takes `to` 0.7 us, and this 0.1."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def weighted_sum(C: Tensor, B: Tensor, A: Tensor, beta: float, alpha: float) -> Tensor:
