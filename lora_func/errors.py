@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 
 class LoraFuncError(ValueError):
@@ -28,3 +29,13 @@ def deprecated(old: str, new: str, removed_in: str) -> None:
     """Warns the caller's caller that `old` works until version `removed_in`, and names `new`."""
     message = f"{old} is deprecated and will be removed in lora_func {removed_in}; use {new}"
     warnings.warn(message, DeprecationWarning, stacklevel=3)
+
+
+def check_extra(extra: str, *packages: str) -> None:
+    """For a command line: ends it with one line if it lacks packages that an extra brings."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise SystemExit(
+            f"{', '.join(missing)} not found. This command needs the extra {extra!r}: "
+            f'pip install "lora_func[{extra}]", or ".[{extra}]" in a clone'
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -83,3 +84,17 @@ def test_the_files_name_one_version():
     citation = yaml.safe_load(read("CITATION.cff"))
     assert {citation["version"], metadata.version("lora_func")} == {lf.__version__}
     assert f"version = {{{lf.__version__}}}" in read("docs/citation.md")
+
+
+@pytest.mark.parametrize("command", ["demo", "calculator"])
+def test_a_missing_extra_is_one_line(command):
+    code = (
+        "import runpy, sys; sys.modules['tyro'] = None; "
+        f"runpy.run_module('lora_func.{command}', run_name='__main__')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.splitlines() == [
+        "tyro not found. This command needs the extra 'demo': "
+        'pip install "lora_func[demo]", or ".[demo]" in a clone'
+    ]

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from ..errors import LoraFuncError, check_extra
+
+check_extra("demo", "transformers", "tyro")
+
 import torch
 import tyro
 from torch import nn
@@ -12,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lora_func as lf
 
-from ..errors import LoraFuncError
 from ..libraries.cuda_kernels import AsOnCUDA
 from . import Cost, Live, calculate
 

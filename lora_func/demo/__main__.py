@@ -11,6 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from ..errors import LoraFuncError, check_extra
+
+PACKAGES = ("transformers", "gguf", "datasets", "matplotlib", "tqdm", "tyro", "tabulate")
+check_extra("demo", *PACKAGES)
+
 import torch
 import transformers
 import tyro
@@ -18,7 +23,6 @@ from torch import Tensor
 
 import lora_func as lf
 
-from ..errors import LoraFuncError
 from ..probing import state_hash
 from .answers import answered, encode, solution, solve
 from .data import Example, find_examples
