@@ -25,7 +25,7 @@ from typing import Any
 
 import peft
 import torch
-from common import interleaved, peak_bytes, peft_config, qwen3, ratio, write
+from common import interleaved, peak, peft_config, qwen3, ratio, write
 from overhead import LINEAR, Q_V
 from torch import Tensor
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -197,7 +197,7 @@ def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
             errors[who] = str(error).partition("\n")[0][:200]
         gc.collect()
     times = interleaved(steps, options.rounds)
-    peaks = {who: peak_bytes(step) / 2**20 for who, step in steps.items()}
+    peaks = {who: peak(step) / 2**20 for who, step in steps.items()}
     return {
         **vars(row),
         "milliseconds": {who: 1e3 * statistics.median(ts) for who, ts in times.items()},
