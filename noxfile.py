@@ -33,7 +33,9 @@ def install_smollm2(session: nox.Session) -> None:
 def run_tests(session: nox.Session, *arguments: str) -> None:
     """All but those that have a session of their own."""
     others = [f"--ignore=tests/{folder}" for folder in ("bnb", "functional", "trainers", "vision")]
-    session.run("pytest", *others, *arguments, *(session.posargs or ["-n", "auto"]))
+    # The longest tests come last. A worker that has none left takes them from another.
+    parallel = ["-n", "auto", "--dist", "worksteal"]
+    session.run("pytest", *others, *arguments, *(session.posargs or parallel))
 
 
 def build_site(session: nox.Session, *arguments: str) -> None:

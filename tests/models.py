@@ -37,13 +37,13 @@ def tiny_llama(**changes: Any) -> Any:
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 48,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 12,
     }
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        num_hidden_layers=2,
         max_position_embeddings=64,
         pad_token_id=0,
         **{**sizes, **changes},

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import lora_func as lf
 from lora_func.precision import at_least_float32
@@ -18,6 +19,7 @@ class Sound(lf.Variant):
     """out = base_out + (x Aᵀ) Bᵀ, which keeps all laws."""
 
     r: int = 4
+    broadcasts = True
 
     def init(self, weight, generator, stats=None):
         d_out, d_in = weight.shape
@@ -169,6 +171,11 @@ class PreparesFromTheMatrix(SaysThatItReadsTheMatrix):
         return {**params, "A": params["A"] + (0 * weight.dense()).sum()}
 
 
+class TakesOneExample(Sound):
+    def delta(self, x, params):
+        return F.linear(F.linear(x, params["A"].to(x.dtype)), params["B"].to(x.dtype))
+
+
 class DrawsInFloat64(Sound):
     def init(self, weight, generator, stats=None):
         drawn = super().init(weight, generator).trainable
@@ -211,6 +218,7 @@ BREAKERS = {
     "shape_and_dtype": (TakesTheDtypeOfItsParameters, r"parameters in torch.float64: out is torch"),
     "two_steps_are_one_function": (RoundsOnTheWay, r"prepared for torch.float32: [\d.e-]+ off"),
     "vmap_is_the_loop": (Branches, r"RuntimeError: .*vmap"),
+    "examples_are_the_loop": (TakesOneExample, "RuntimeError"),
     "gradients": (ForgetsADerivative, r"finite differences: Jacobian mismatch .* numerical:"),
     "alive_at_init": (IsDead, r"no leaf has a gradient at init: {'A': 0.0, 'B': 0.0}"),
     "every_leaf_matters": (HasAnIdleLeaf, "moving idle moves the output by 0"),
@@ -226,7 +234,7 @@ BREAKERS = {
 def test_the_sound_one_keeps_all_laws():
     report = check_variant(Sound())
     assert report.held.keys() == LAWS.keys() == BREAKERS.keys()
-    assert "Sound(r=4): 21 laws hold" in str(report)
+    assert "Sound(r=4): 22 laws hold" in str(report)
     assert not report.left_out
 
 

@@ -207,7 +207,7 @@ def test_compile(variant):
     Other parameters cause no second one.
     """
     torch._dynamo.reset()
-    model, adapter, params = adapted(variant)
+    model, adapter, params = adapted(variant, model=tiny_llama(num_hidden_layers=1))
     batch, other = text_batch(), trained(params)
     f = loss_of(model, adapter, batch)
     for function in (f, grad(f)):

@@ -37,13 +37,13 @@ def each(
 ) -> Tensor:
     """`function(*inputs, params)`; with an example axis, of each example by its own entry.
 
-    `broadcasts`: the function takes all examples at once, as `[n, rows, features]`. What all
-    examples share goes in by closure.
+    `broadcasts`: with prepared parameters, the function takes all examples at once, as
+    `[n, rows, features]`. What all examples share goes in by closure.
     """
     params, own, _ = entries
     if not own:
         return function(*inputs, params)
-    if broadcasts:
+    if broadcasts and isinstance(params, Prepared):
         n = params[own[0]].shape[0]
         rows = (x.unflatten(0, (n, x.shape[0] // n)).flatten(1, -2) for x in inputs)
         return function(*rows, params).view(inputs[-1].shape)
