@@ -19,7 +19,10 @@ class Sound(lf.Variant):
     """out = base_out + (x Aᵀ) Bᵀ, which keeps all laws."""
 
     r: int = 4
-    broadcasts = True
+
+    @property
+    def broadcasts(self):
+        return True
 
     def init(self, weight, generator, stats=None):
         d_out, d_in = weight.shape
