@@ -147,6 +147,25 @@ def interleaved(
     return times
 
 
+def replayed(step: Callable[[], Any]) -> Callable[[], Any]:
+    """The step as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = step()
+
+    def replay() -> Any:
+        graph.replay()
+        return held
+
+    return replay
+
+
 def ratio(times: Mapping[str, list[float]], of: str, to: str) -> float:
     """Median over the rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(times[of], times[to]))

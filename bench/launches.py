@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 import torch
-from common import interleaved, qwen3, ratio, write
+from common import interleaved, qwen3, ratio, replayed, write
 from overhead import LINEAR, Q_V
 
 import lora_func as lf
@@ -53,17 +53,7 @@ def measure(names: list[str], compiled: bool, options: argparse.Namespace) -> di
     seconds = {}
 
     start = time.perf_counter()
-    captured = trainer(eager)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            captured()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured()
-    contenders["CUDA graph"] = graph.replay
+    contenders["CUDA graph"] = replayed(trainer(eager))
     seconds["CUDA graph"] = time.perf_counter() - start
 
     if compiled:

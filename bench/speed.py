@@ -25,7 +25,7 @@ from typing import Any
 
 import peft
 import torch
-from common import interleaved, peak, peft_config, qwen3, ratio, write
+from common import interleaved, peak, peft_config, qwen3, ratio, replayed, write
 from overhead import LINEAR, Q_V
 from torch import Tensor
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -164,25 +164,6 @@ def loss(out: Any) -> Tensor:
 def stepped(forward: Callable[[], Tensor], wanted: Sequence[Tensor]) -> Callable[[], Any]:
     """Forward and backward."""
     return lambda: torch.autograd.grad(forward(), wanted, allow_unused=True)
-
-
-def replayed(step: Callable[[], Any]) -> Callable[[], Any]:
-    """The step as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        held = step()
-
-    def replay() -> Any:
-        graph.replay()
-        return held
-
-    return replay
 
 
 def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:

@@ -251,8 +251,15 @@ class Variant(abc.ABC, metaclass=VariantType):
 
         x is then `[n, rows, d_in]`, and prepared leaves have an axis n in front, or are shared by
         all examples. If False, the engine maps both over the examples, which takes longer.
+        A subclass that overrides one of the two says it anew: False, unless it says True.
         """
         return False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if "broadcasts" not in own and ("apply" in own or "transform_input" in own):
+            cls.broadcasts = False  # pyright: ignore  (a base class speaks of its own functions)
 
     @abc.abstractmethod
     def init(self, weight: Weight, generator: torch.Generator | None, stats: Any = None) -> Params:

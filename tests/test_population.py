@@ -418,3 +418,30 @@ def test_a_population_trains_as_each_adapter_alone(variant):
         scale = max(leaf.abs().max().item() for leaf in alone.values())
         assert largest(together[i], alone) <= 1e-4 * scale  # float32, over 20 steps
         assert largest(alone, start) > 5 * rate  # it has moved
+
+
+class Gated(lf.LoRA):
+    """A user's: the gate `[d_out]` would go along the wrong axis of `[n, rows, d_out]`."""
+
+    def init(self, weight, generator, stats=None):
+        drawn = super().init(weight, generator, stats).trainable
+        return lf.Params({**drawn, "g": torch.ones(weight.shape[0])})
+
+    def prepare(self, weight, params, dtype):
+        return {name: leaf.to(dtype) for name, leaf in params.items()}
+
+    def apply(self, x, base_out, weight, params):
+        p = self.prepared(weight, params, x.dtype)
+        return base_out + x @ p["A"].mT @ p["B"].mT * p["g"]
+
+
+def test_a_subclass_that_overrides_apply_is_mapped():
+    """Also where the base class takes all examples at once, and as many rows as examples."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    adapter, _ = lf.adapt(model, Gated(r=2), targets=lf.Targets(names=("0",), roles=()))
+    each = [trained(adapter.init(model)) for _ in range(3)]
+    x = torch.randn(3, 3, 6)
+    loop = torch.cat([adapter(model, params, row[None]) for params, row in zip(each, x)])
+    torch.testing.assert_close(adapter(model, lf.stack(each), x), loop)
+    found = [variant.broadcasts for variant in (lf.LoRA(), Gated(), lf.GraLoRA())]
+    assert found == [True, False, False]

@@ -46,7 +46,7 @@ def each(
     if broadcasts and isinstance(params, Prepared):
         n = params[own[0]].shape[0]
         rows = (x.unflatten(0, (n, x.shape[0] // n)).flatten(1, -2) for x in inputs)
-        return function(*rows, params).view(inputs[-1].shape)
+        return function(*rows, params).reshape(inputs[-1].shape)
 
     def of_one(*tensors: Tensor) -> Tensor:
         leaves = dict(zip(own, tensors[len(inputs) :]))

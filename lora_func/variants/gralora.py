@@ -95,10 +95,6 @@ class GraLoRA(Product):
         scaled = {n: times(self.scale, leaf) for n, leaf in params.items() if n[0] == "B"}
         return {name: leaf.to(dtype) for name, leaf in {**params, **scaled}.items()}
 
-    @property
-    def broadcasts(self) -> bool:
-        return False
-
     def apply(self, x, base_out, weight, params):
         p, parts = self.prepared(weight, params, x.dtype), (self.k, -1)
         h = torch.einsum("...ni,nir->...nr", x.unflatten(-1, parts), p["A"].to(x.dtype))

@@ -60,6 +60,10 @@ class LoRA(TwoFactors):
     def lr_scale(self):
         return {"B": self.lr_ratio, "b": self.lr_ratio}
 
+    @property
+    def broadcasts(self):
+        return True
+
     def init(self, weight, generator, stats=None):
         (d_out, d_in), r = weight.shape, self.r
         gaussian = self.start == "gaussian"
