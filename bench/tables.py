@@ -248,6 +248,21 @@ def decode(kind: str) -> str:
     return f"{table}\n\n{about}, r={s['r']}; threads: {s['threads']}. {ran_on}."
 
 
+def functional() -> str:
+    """Other libraries on the flat dict, beside what their users write by hand."""
+    result, ran_on = read("functional-cpu")
+    rows = []
+    for row in result["rows"]:
+        ms = [f"{row['milliseconds'][way]:,.0f}" for way in ("ours", "by hand")]
+        rows.append([row["what"], *ms, f"{row['by hand over ours']:.2f}"])
+    s = result["settings"]
+    about = (
+        f"{s['layers']} layers of width {s['hidden']}, Laplace 2 of 64; {s['examples']} examples"
+    )
+    table = markdown(rows, ["", "ms", "by hand, ms", "by hand / ours"])
+    return f"{table}\n\n{about} of {s['tokens']} tokens, float32. {ran_on}."
+
+
 def quantized(kind: str) -> str:
     """Every adapter on 4-bit and 8-bit bases."""
     result, ran_on = read(f"quantized-{kind}")
@@ -503,6 +518,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "population-headline": lambda: headline("h100"),
     "view-cpu": lambda: view("cpu"),
     "decode-cpu": lambda: decode("cpu"),
+    "functional": functional,
     "quantized-cpu": lambda: quantized("cpu"),
     "quantized-h100": lambda: quantized("h100"),
     "profile-h100": lambda: profiled("h100"),
