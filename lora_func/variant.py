@@ -258,8 +258,12 @@ class Variant(abc.ABC, metaclass=VariantType):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         own = vars(cls)
-        if "broadcasts" not in own and ("apply" in own or "transform_input" in own):
-            cls.broadcasts = False  # pyright: ignore  (a base class speaks of its own functions)
+        if "apply" in own or "transform_input" in own:
+            # What a base class says of its own functions may not hold for others.
+            if "broadcasts" not in own:
+                cls.broadcasts = False  # pyright: ignore
+            if "fused" not in own:
+                cls.fused = Variant.fused
 
     @abc.abstractmethod
     def init(self, weight: Weight, generator: torch.Generator | None, stats: Any = None) -> Params:
@@ -316,6 +320,16 @@ class Variant(abc.ABC, metaclass=VariantType):
     ) -> Tensor:
         """The output of the adapted layer, `[.., d_out]`, in the dtype of `base_out`."""
         return base_out
+
+    def fused(self, x: Tensor, W: Tensor, b: Tensor | None, params: dict[str, Tensor]) -> Tensor:
+        """`apply` of the output of a plain linear layer, with the product of that layer inside.
+
+        Optional: for a form that takes less time or memory than `F.linear(x, W, b)` and `apply`,
+        as `fused.low_rank_linear` does. The engine takes it where the layer is an `nn.Linear`
+        without hooks, in eager mode and outside of torch.func. `params` are prepared, and W and b
+        do not require grad. A subclass that overrides `apply` or `transform_input` says it anew.
+        """
+        raise NotImplementedError  # the engine asks only those that override it
 
     def merged(self, weight: Weight, params: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """`(W_eff [d_out, d_in], b_eff [d_out] or None)`: the adapter as one linear layer.

@@ -32,6 +32,9 @@ class Sound(lf.Variant):
     def apply(self, x, base_out, weight, params):
         return base_out + self.delta(x, params).to(base_out.dtype)
 
+    def fused(self, x, W, b, params):
+        return F.linear(x, W, b) + self.delta(x, params)
+
     def delta(self, x, params):
         return (x @ params["A"].to(x.dtype).mT) @ params["B"].to(x.dtype).mT
 
@@ -124,6 +127,11 @@ class RoundsOnTheWay(Sound):
 class Branches(Sound):
     def delta(self, x, params):
         return super().delta(x, params) if params["B"].abs().sum().item() else x.new_zeros(())
+
+
+class FusesWithoutADerivative(Sound):
+    def fused(self, x, W, b, params):
+        return super().fused(x, W, b, {**params, "A": params["A"].detach()})
 
 
 class ForgetsADerivative(Sound):
@@ -222,6 +230,7 @@ BREAKERS = {
     "two_steps_are_one_function": (RoundsOnTheWay, r"prepared for torch.float32: [\d.e-]+ off"),
     "vmap_is_the_loop": (Branches, r"RuntimeError: .*vmap"),
     "examples_are_the_loop": (TakesOneExample, "RuntimeError"),
+    "fused_is_apply": (FusesWithoutADerivative, "only one of the two forms has d / d A"),
     "gradients": (ForgetsADerivative, r"finite differences: Jacobian mismatch .* numerical:"),
     "alive_at_init": (IsDead, r"no leaf has a gradient at init: {'A': 0.0, 'B': 0.0}"),
     "every_leaf_matters": (HasAnIdleLeaf, "moving idle moves the output by 0"),
@@ -237,7 +246,7 @@ BREAKERS = {
 def test_the_sound_one_keeps_all_laws():
     report = check_variant(Sound())
     assert report.held.keys() == LAWS.keys() == BREAKERS.keys()
-    assert "Sound(r=4): 22 laws hold" in str(report)
+    assert "Sound(r=4): 23 laws hold" in str(report)
     assert not report.left_out
 
 

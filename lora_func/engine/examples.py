@@ -46,7 +46,8 @@ def each(
     if broadcasts and isinstance(params, Prepared):
         n = params[own[0]].shape[0]
         rows = (x.unflatten(0, (n, x.shape[0] // n)).flatten(1, -2) for x in inputs)
-        return function(*rows, params).reshape(inputs[-1].shape)
+        out = function(*rows, params)
+        return out.reshape(*inputs[-1].shape[:-1], out.shape[-1])
 
     def of_one(*tensors: Tensor) -> Tensor:
         leaves = dict(zip(own, tensors[len(inputs) :]))

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..errors import LoraFuncError
 from ..libraries import accelerate
 from ..libraries.functorch import in_transform
+from ..libraries.torch_hooks import is_plain_linear
 from ..precision import autocast_on
-from ..variant import Variant
+from ..variant import Prepared, Variant
 from ..weights.table import weight_of
 from .examples import Entries, each, prepare
 from .holder import Holder, Note, Place, noted
@@ -68,6 +69,10 @@ class AdaptedLayer(StandIn, Holder):
             self.__dict__["_ran"] = True
         p = self.entries(x.dtype)
         x = self.admit(x, p)
+        if not (args or kwargs) and self.fuses(layer, x, p):
+            W, b = layer.weight, layer.bias
+            fused = lambda x, p: variant.fused(x, W, b, p)  # noqa: E731
+            return each(fused, (x,), p, variant.broadcasts)
         active = None if self._active is None else self.acting(x)
         z = x
         if overrides(variant, "transform_input"):
@@ -83,6 +88,27 @@ class AdaptedLayer(StandIn, Holder):
         apply = lambda x, y, p: variant.apply(x, y, weight, p)  # noqa: E731
         out = each(apply, (x, base_out), p, variant.broadcasts)
         return out if active is None else torch.where(active, out, base_out)
+
+    def fuses(self, layer: Any, x: Tensor, p: Entries) -> bool:
+        """Whether the variant's fused form can take the place of this call of the layer."""
+        variant = self._site.variant
+        if not overrides(variant, "fused") or overrides(variant, "transform_input"):
+            return False
+        if p.own and not (variant.broadcasts and isinstance(p.params, Prepared)):
+            return False
+        if self._active is not None or (self._site.dropout and self.training):
+            return False
+        if torch.compiler.is_compiling() or in_transform() or not is_plain_linear(layer):
+            return False
+        W = layer.weight
+        return (
+            type(W) in (Tensor, nn.Parameter)
+            and type(x) is Tensor
+            and W.dtype == x.dtype
+            and W.device == x.device
+            and not W.requires_grad
+            and not autocast_on(x.device)
+        )
 
     @property
     def stored(self) -> Tensor | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
@@ -21,6 +22,10 @@ RELIES_ON = {
         'source:super().__setattr__("_forward_pre_hooks"',
         'source:super().__setattr__("_modules"',
         'source:super().__setattr__("_parameters"',
+        "_global_forward_hooks",
+        "_global_forward_pre_hooks",
+        "_global_backward_hooks",
+        "_global_backward_pre_hooks",
     ),
     "torch.nn.utils.parametrize": (
         "_cache_enabled",
@@ -43,6 +48,14 @@ RELIES_ON = {
     "torch.nn.modules.conv": ("_ConvNd", "_ConvTransposeNd"),
     "torch.nn.modules.batchnorm": ("_NormBase", "source:track_running_stats"),
 }
+
+# Hooks of all modules.
+GLOBAL_HOOKS = (
+    modules._global_forward_hooks,
+    modules._global_forward_pre_hooks,
+    modules._global_backward_hooks,
+    modules._global_backward_pre_hooks,
+)
 
 
 def weight_hooks(module: nn.Module) -> list[Any]:
@@ -179,6 +192,18 @@ def is_stateless(module: nn.Module) -> bool:
     own = type(module).__module__.startswith("torch.nn.modules.")
     parts = module._modules or module._buffers
     return own and not (parts or module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether to call a module is to compute `F.linear(x, module.weight, module.bias)`, no more."""
+    own = type(module) is nn.Linear and "forward" not in module.__dict__
+    return own and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or any(GLOBAL_HOOKS)
+    )
 
 
 def is_convolution(module: nn.Module) -> bool:

@@ -274,6 +274,37 @@ def examples_are_the_loop(layer: Layer) -> None:
         expect_close(layer(Prepared(at_once)), loop, tolerance, f"own leaves {sorted(own)}")
 
 
+def has_fused(variant: Variant) -> bool:
+    """Whether the variant has a `fused` of its own."""
+    return type(variant).fused is not Variant.fused
+
+
+@law(applies=has_fused)
+def fused_is_apply(layer: Layer) -> None:
+    """`fused` is `apply` of the layer's output: its values, its gradients, its bits at init."""
+    names, (W, b) = ("x", *layer.names), (layer.weight.matrix, layer.weight.bias)
+    at_init = layer.variant.prepared(layer.weight, layer.init, layer.x.dtype)
+    base_out = layer(at_init)
+    if layer.variant.card.at_init == "exact":
+        expect_equal(layer.variant.fused(layer.x, W, b, at_init), base_out, "fused at init")
+
+    def of(fused: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        x = layer.x.clone().requires_grad_()
+        leaves = {n: t.detach().clone().requires_grad_() for n, t in layer.leaves().items()}
+        params = layer.variant.prepared(layer.weight, {**layer.trained, **leaves}, x.dtype)
+        out = layer.variant.fused(x, W, b, params) if fused else layer(params, x)
+        loss = (out * torch.linspace(-1, 1, out.numel()).to(out).view_as(out)).sum()
+        return out, torch.autograd.grad(loss, (x, *leaves.values()), allow_unused=True)
+
+    (out, grads), (expected, theirs) = of(True), of(False)
+    tolerance = TOLERANCE[layer.x.dtype] * layer.condition
+    expect_close(out, expected, tolerance, "fused against apply", layer.base(layer.x))
+    for name, grad, other in zip(names, grads, theirs):
+        expect((grad is None) == (other is None), f"only one of the two forms has d / d {name}")
+        if grad is not None and other is not None:
+            expect_close(grad, other, tolerance, f"the gradient of fused in {name}")
+
+
 @law(leads=((2,),), largest=6, applies=lambda variant: variant.exact_gradient)
 def gradients(layer: Layer) -> None:
     """First and second derivatives in every leaf and in x are those of finite differences."""

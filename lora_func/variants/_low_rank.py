@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_positive, check_rank
+from ..fused import low_rank_linear
 from ..linalg import at_least_float32, low_rank_difference, low_rank_update
 from ..variant import Params, Variant, Weight
 
@@ -53,6 +54,9 @@ class Product(Factored):
     def apply(self, x, base_out, weight, params):
         p = self.prepared(weight, params, x.dtype)
         return low_rank_update(base_out, x, p["A"], p["B"])
+
+    def fused(self, x, W, b, params):
+        return low_rank_linear(x, W, b, params["A"], params["B"])
 
     def factors(self, weight, params):
         A, B = (at_least_float32(factor) for factor in self.pair(params))

@@ -2,7 +2,7 @@
 Liu et al. 2024, arXiv 2402.09353.
 
     V = W + s B A,    n_i = |V_i| (row i),    ρ = m / n,    s as in LoRA
-    out = base_out + (ρ - 1)(base_out - b) + ρ s (x Aᵀ) Bᵀ                  ( = x (ρ V)ᵀ + b )
+    u = base_out + s (x Aᵀ) Bᵀ,    out = u + (ρ - 1)(u - b)                 ( = x (ρ V)ᵀ + b )
 
 A is Kaiming-uniform, B zero, and m = n, computed by the same function. So ρ is exactly 1 and the
 output at init is the base output to the bit. The paper writes the norm over columns; its released
@@ -27,6 +27,7 @@ import torch
 
 from ..card import Card, Peft
 from ..checks import check_choice
+from ..fused import low_rank_linear
 from ..linalg import (
     at_least_float32,
     full_precision,
@@ -36,7 +37,8 @@ from ..linalg import (
     weighted_sum,
 )
 from ..variant import Params
-from ._low_rank import LowRank
+from ._gate import gated
+from ._low_rank import LowRank, times
 
 TINY = 1e-30  # a row of zeros needs a norm to divide by
 
@@ -92,21 +94,28 @@ class DoRA(LowRank):
 
     def prepare(self, weight, params, dtype):
         rho = self.gain(weight, params)
-        B = (self.scale * rho)[:, None] * params["B"]
+        B = times(self.scale, params["B"])
         p = {"A": params["A"].to(dtype), "B": B.to(dtype), "gain": (rho - 1).to(dtype)}
         return p if weight.bias is None else {**p, "b": weight.bias.to(dtype)}
 
     def apply(self, x, base_out, weight, params):
         p = self.prepared(weight, params, x.dtype)
-        y = base_out - p["b"].to(base_out.dtype) if "b" in p else base_out
-        scaled = torch.addcmul(base_out, y, over_rows(p["gain"]).to(base_out.dtype))
-        return low_rank_update(scaled, x, p["A"], p["B"])
+        return stretched(low_rank_update(base_out, x, p["A"], p["B"]), p)
+
+    def fused(self, x, W, b, params):
+        return stretched(low_rank_linear(x, W, b, params["A"], params["B"]), params)
 
     def merged(self, weight, params):
         # ρ (W + s B A)
         A, B = (at_least_float32(params[name]) for name in ("A", "B"))
         V = at_least_float32(weight.dense()) + self.scale * B @ A
         return self.gain(weight, params)[:, None] * V, weight.bias
+
+
+def stretched(u, p):
+    """`ρ (u - b) + b`, from the prepared ρ - 1 and b."""
+    gain = over_rows(p["gain"]).to(u.dtype)
+    return gated(u, gain) if "b" not in p else torch.addcmul(u, u - p["b"].to(u.dtype), gain)
 
 
 @full_precision

@@ -22,7 +22,7 @@ import torch
 
 from ..card import Card, Peft
 from ..checks import check_choice
-from ..linalg import at_least_float32, kaiming, low_rank_update, normal
+from ..linalg import at_least_float32, kaiming, low_rank_update, normal, over_rows
 from ..variant import Params
 from ._low_rank import TwoFactors, times
 
@@ -82,6 +82,10 @@ class LoRA(TwoFactors):
     def apply(self, x, base_out, weight, params):
         p = self.prepared(weight, params, x.dtype)
         return low_rank_update(base_out, x, p["A"], p["B"], bias=p.get("b"))
+
+    def fused(self, x, W, b, params):
+        out = super().fused(x, W, b, params)
+        return out + over_rows(params["b"]) if "b" in params else out
 
     def factors(self, weight, params):  # pyright: ignore  (None with a bias)
         return None if self.add_bias else super().factors(weight, params)
