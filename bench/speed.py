@@ -2,7 +2,8 @@
 
 A step is a forward and a backward: to the input embeddings for the base, which is all that a frozen
 model has to do, and to the adapter for the others. All contenders of a row run interleaved in one
-process, on weights of their own or shared ones, with PEFT's same method beside ours.
+process, on weights of their own or shared ones, with PEFT's same method beside ours. "apart" is
+ours without the fused form of the variant.
 
     eager           as a training loop runs it
     checkpointing   with each block computed again in backward
@@ -115,6 +116,7 @@ class Contenders:
         self.model = build(row, options)
         targets = lf.Targets(names=tuple(rf"\.{name}$" for name in names), roles=())
         self.adapter, params = lf.adapt(self.model, self.variant, targets=targets)
+        self.apart, _ = lf.adapt(self.model, apart(self.variant), targets=targets)
         self.leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
         self.theirs: Any = None
         if options.peft:
@@ -135,8 +137,11 @@ class Contenders:
         """Name -> a step, as the row runs it."""
         forwards: dict[str, tuple[Callable[[], Tensor], Sequence[Tensor]]] = {
             "base": (lambda: loss(self.model(**self.batch)), [self.embeds]),
-            "ours": (self.ours, [*self.leaves.values()]),
+            "ours": (lambda: self.loss_of(self.leaves), [*self.leaves.values()]),
         }
+        if self.row.way != "compiled":
+            apart = lambda: self.loss_of(self.leaves, self.apart)  # noqa: E731
+            forwards["apart"] = apart, [*self.leaves.values()]
         if self.theirs is not None:
             own = [p for p in self.theirs.parameters() if p.requires_grad]
             forwards["peft"] = lambda: loss(self.theirs(**self.batch)), own
@@ -149,12 +154,15 @@ class Contenders:
             steps = {who: replayed(step) for who, step in steps.items()}
         return steps
 
-    def ours(self) -> Tensor:
-        return self.loss_of(self.leaves)
-
-    def loss_of(self, params: dict[str, Tensor]) -> Tensor:
+    def loss_of(self, params: dict[str, Tensor], adapter: lf.Adapter | None = None) -> Tensor:
         batch = {**self.batch, "inputs_embeds": self.embeds.detach()}
-        return loss(self.adapter(self.model, params, batch))
+        return loss((adapter or self.adapter)(self.model, params, batch))
+
+
+def apart(variant: lf.Variant) -> lf.Variant:
+    """The variant without its fused form: the base layer runs, and then `apply`."""
+    kind = type(variant)
+    return type(kind.__name__, (kind,), {"fused": lf.Variant.fused})(**vars(variant))
 
 
 def loss(out: Any) -> Tensor:
@@ -192,6 +200,8 @@ def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--variants", nargs="*", help="default: all")
+    parser.add_argument("--shapes", nargs="*", default=["8B", "0.6B"])
     parser.add_argument("--ways", nargs="*", help="default: all that the machine can run")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
@@ -207,7 +217,9 @@ def main() -> None:
     ]
     rows = []
     for row in ROWS:
-        if row.way not in ways:
+        if row.way not in ways or row.shape not in options.shapes:
+            continue
+        if row.variant not in (options.variants or [row.variant]):
             continue
         rows.append(measure(row, options))
         gc.collect()
