@@ -9,6 +9,7 @@ from . import variants as _variants
 from .allocation import RankAllocator
 from .arithmetic import as_lora, combine, singular_values
 from .binding import bind
+from .capturing import capture
 from .card import Card, Peft
 from .chain import Chain
 from .engine.adapt import adapt
@@ -61,6 +62,7 @@ __all__ = [  # noqa: PLE0604
     "adapt",
     "as_lora",
     "bind",
+    "capture",
     "collect",
     "combine",
     "expand",

@@ -35,6 +35,7 @@ ROOMS = {
     "arithmetic": {"changes", "engine", "variant", "variants"},
     "allocation": {"engine"},
     "grad": {"libraries"},
+    "capturing": set(),
     "binding": {"engine", "files", "libraries", "variant"},
     "merging": {"engine", "libraries", "precision", "variant"},
     "probing": {"engine", "weights"},
