@@ -79,7 +79,7 @@ class Chain(Variant):
         return all(link.exact_gradient for link in self.links)
 
     @property
-    def broadcasts(self):
+    def broadcasts(self):  # pyright: ignore  (of each chain, not of the class)
         return all(link.broadcasts for link in self.links)
 
     def init(self, weight, generator, stats=None):

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .libraries.functorch import own_tensor
 from .linalg import cast
 
 
-def low_rank_linear(
+def low_rank_linear(  # noqa: PLR0917  (the names of the formula)
     x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float = 1.0
 ) -> Tensor:
     """`x Wᵀ + b + scale (x Aᵀ) Bᵀ`, with frozen W and b.
@@ -33,11 +34,11 @@ def low_rank_linear(
     return forward(x, W, b, A, B, scale)[0]
 
 
-def forward(
+def forward(  # noqa: PLR0917  (as above)
     x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output, and `h = x Aᵀ`."""
-    y = F.linear(x, W, b).contiguous()  # it is, unless x has a layout of its own
+    y = own_tensor(F.linear(x, W, b).contiguous())  # it is, unless x has a layout of its own
     h = rows(x, A, B) @ A.mT
     add_product(rows(y, A, B), h, B.mT, scale)
     return y, h
@@ -47,7 +48,7 @@ class LowRankLinear(torch.autograd.Function):
     """`low_rank_linear` for autograd."""
 
     @staticmethod
-    def forward(ctx: Any, x, W, b, A, B, scale):  # pyright: ignore
+    def forward(ctx: Any, x, W, b, A, B, scale):  # noqa: PLR0917  # pyright: ignore
         y, h = forward(x, W, b, A, B, scale)
         ctx.save_for_backward(x, W, A, B, h)
         ctx.scale = scale
@@ -61,18 +62,16 @@ class LowRankLinear(torch.autograd.Function):
         g, X = rows(grad, A, B), rows(x, A, B)
         if again:
             h = X @ A.mT
-        gh = g @ B  # [.., r]
-        if ctx.scale != 1:
-            gh, h = ctx.scale * gh, ctx.scale * h
+        gh = product(g, B, ctx.scale)  # [.., r]
         gx = None
         if needs_x:
             gx = grad.matmul(W).contiguous()
             if again:
                 gx = gx + (gh @ A).view_as(gx)
             else:
-                add_product(rows(gx, A, B), gh, A)
+                add_product(rows(gx, A, B), gh, A, 1.0)
         gA = over(gh, X, A) if needs_A else None
-        gB = over(g, h, B) if needs_B else None
+        gB = over(g, h, B, ctx.scale) if needs_B else None
         return gx, None, None, gA, gB, None
 
 
@@ -81,16 +80,24 @@ def rows(t: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return t if A.dim() == 3 or B.dim() == 3 else t.reshape(-1, t.shape[-1])
 
 
-def add_product(out: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    """Adds `scale left @ right` to `out`, a matrix or a stack of them."""
+def add_product(out: Tensor, left: Tensor, right: Tensor, scale: float, keep: int = 1) -> Tensor:
+    """`keep out + scale left @ right`, in the place of `out`, a matrix or a stack of them."""
     if out.dim() == 2:
-        out.addmm_(left, right, alpha=scale)
-    else:
-        out.baddbmm_(left, right.expand(len(out), *right.shape[-2:]), alpha=scale)
+        return out.addmm_(left, right, beta=keep, alpha=scale)
+    return out.baddbmm_(left, right.expand(len(out), *right.shape[-2:]), beta=keep, alpha=scale)
 
 
-def over(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
-    """`leftᵀ right`, summed over the rows that share the factor `like`."""
+def product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """`scale left @ right`. One kernel, unless it is to be differentiated."""
+    if scale == 1 or torch.is_grad_enabled():
+        out = left @ right
+        return out if scale == 1 else scale * out
+    out = left.new_empty(*left.shape[:-1], right.shape[-1])
+    return add_product(out, left, right, scale, keep=0)
+
+
+def over(left: Tensor, right: Tensor, like: Tensor, scale: float = 1.0) -> Tensor:
+    """`scale leftᵀ right`, summed over the rows that share the factor `like`."""
     if like.dim() == 2 and left.dim() == 3:
         left, right = (t.reshape(-1, t.shape[-1]) for t in (left, right))
-    return left.transpose(-1, -2) @ right
+    return product(left.transpose(-1, -2), right, scale)

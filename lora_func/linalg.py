@@ -63,35 +63,38 @@ def low_rank_update(
     *,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """`base + scale ((x Aᵀ) Bᵀ + bias)`, in the shape and dtype of `base`.
+    """`base + scale (x Aᵀ) Bᵀ + bias`, in the shape and dtype of `base`.
 
     `base [.., o]`, `x [.., i]`, `A [r, i]`, `B [o, r]`, `bias [o]`. All but x are cast; BA is never
-    formed. Kept for backward: x and the `[.., r]` intermediate. B is scaled, and not the sum, whose
-    gradient would be scaled in a tensor of the size of `base`. (`addmm` would fuse the sum with the
-    product, but it copies `base`, and in eager mode its two reshapes cost more than the kernel that
-    it saves.)
+    formed. Kept for backward: x and the `[.., r]` intermediate, which is what the scale applies to.
+    (`addmm` would fuse the sum with the product, but it copies `base`.)
 
     Examples may have factors of their own: then A, B or bias have an axis n in front, x is
     `[n, rows, i]` and base `[n, rows, o]`.
     """
-    if scale != 1:
-        B, bias = scale * B, None if bias is None else scale * bias
     if A.dim() == 3 or B.dim() == 3 or (bias is not None and bias.dim() == 2):
-        return low_rank_updates(base, x, A, B, bias)
-    h = F.linear(x, cast(A, x.dtype))  # [.., r]
+        return low_rank_updates(base, x, A, B, scale, bias)
+    h = times(scale, F.linear(x, cast(A, x.dtype)))  # [.., r]
     b = None if bias is None else cast(bias, h.dtype)
     return base + cast(F.linear(h, cast(B, h.dtype), b), base.dtype)  # [.., o]
 
 
-def low_rank_updates(base: Tensor, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
+def low_rank_updates(  # noqa: PLR0917  (as above)
+    base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, bias: Tensor | None
+) -> Tensor:
     """`low_rank_update` of n examples, `x [n, rows, i]`, some of whose factors have an axis n."""
-    h = x @ cast(A, x.dtype).mT  # [n, rows, r]
+    h = times(scale, x @ cast(A, x.dtype).mT)  # [n, rows, r]
     if bias is not None:
         base = base + over_rows(bias).to(base.dtype)
     B = cast(B, h.dtype)
     if B.dim() == 3 and base.dtype == h.dtype:
         return torch.baddbmm(base, h, B.mT)  # [n, rows, o]
     return base + (h @ B.mT).to(base.dtype)
+
+
+def times(s: float, t: Tensor) -> Tensor:
+    """`s t`, without a kernel for s = 1."""
+    return t if s == 1 else s * t
 
 
 def over_rows(v: Tensor) -> Tensor:

@@ -212,6 +212,19 @@ class Variant(abc.ABC, metaclass=VariantType):
     """Old name -> new name of a field, for files and code that use the old one."""
     positional: ClassVar[bool] = False
     """Whether its constructor takes positional arguments."""
+    broadcasts: ClassVar[bool] = False
+    """Whether `transform_input` and `apply` take a batch of examples with leaves of their own.
+
+    x is then `[n, rows, d_in]`, and prepared leaves have an axis n in front, or are shared by
+    all examples. If False, the engine maps both over the examples, which takes longer.
+    A subclass that overrides one of the two says it anew: False, unless it says True.
+    """
+    rounds_last: ClassVar[bool] = False
+    """Whether `prepare` for a dtype is `prepare` for a wider one, with all tensors rounded.
+
+    Then the engine rounds those of all layers in one kernel. A subclass that overrides
+    `prepare` says it anew: False, unless it says True.
+    """
 
     @classmethod
     def name(cls) -> str:
@@ -245,23 +258,15 @@ class Variant(abc.ABC, metaclass=VariantType):
         """
         return True
 
-    @property
-    def broadcasts(self) -> bool:
-        """Whether `transform_input` and `apply` take a batch of examples with leaves of their own.
-
-        x is then `[n, rows, d_in]`, and prepared leaves have an axis n in front, or are shared by
-        all examples. If False, the engine maps both over the examples, which takes longer.
-        A subclass that overrides one of the two says it anew: False, unless it says True.
-        """
-        return False
-
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         own = vars(cls)
+        if "prepare" in own and "rounds_last" not in own:
+            cls.rounds_last = False
         if "apply" in own or "transform_input" in own:
             # What a base class says of its own functions may not hold for others.
             if "broadcasts" not in own:
-                cls.broadcasts = False  # pyright: ignore
+                cls.broadcasts = False
             if "fused" not in own:
                 cls.fused = Variant.fused
 

@@ -23,7 +23,7 @@ ROOMS = {
     "chain": {"card", "variant"},
     "checks": {"variant"},
     "linalg": {"precision"},
-    "fused": {"linalg"},
+    "fused": {"libraries", "linalg"},
     "statistics": {"variant", "precision"},
     "variants": {"variant", "card", "checks", "fused", "linalg", "statistics"},
     "libraries": set(),

@@ -19,6 +19,7 @@ from ..weights.experts import virtual_experts
 from ..weights.layer import LayerWeight
 from ..weights.parameter import ParameterWeight
 from ..weights.table import read
+from .ahead import prepare_ahead
 from .batch import call_arguments, check_active, check_no_mask
 from .holder import entries_of
 from .keys import SHARED, by_path, key_mismatch
@@ -404,6 +405,8 @@ class Adapter:
             raise LoraFuncError(missing_modules(model, missing))
         for layer in adapted:
             layer.settle(call, active)
+        if call:
+            prepare_ahead(adapted)
         for path, n in experts_apart(held).items():
             virtual_experts(view.get_submodule(path), n, path)
         return View(view, adapted, held, parameters, versions)

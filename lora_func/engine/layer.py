@@ -49,8 +49,11 @@ class AdaptedLayer(StandIn, Holder):
         self.__dict__["training"] = layer.training
         self.__dict__["_weight"] = weight_of(layer, self._site.base.transposed)
         self.__dict__["_active"] = active
+        variant = self._site.variant
+        whole = overrides(variant, "fused") and not overrides(variant, "transform_input")
+        self.__dict__["_may_fuse"] = whole and active is None
         self.__dict__["_expects_grad"] = call and trains
-        self.__dict__["_kept"] = Kept(self.prepared_ahead(), None) if call else None
+        self.__dict__["_kept"] = None
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and not torch.compiler.is_compiling():
@@ -70,7 +73,7 @@ class AdaptedLayer(StandIn, Holder):
         p = self.entries(x.dtype)
         x = self.admit(x, p)
         if not (args or kwargs) and self.fuses(layer, x, p):
-            W, b = layer.weight, layer.bias
+            W, b = layer._parameters["weight"], layer._parameters["bias"]
             fused = lambda x, p: variant.fused(x, W, b, p)  # noqa: E731
             return each(fused, (x,), p, variant.broadcasts)
         active = None if self._active is None else self.acting(x)
@@ -91,24 +94,16 @@ class AdaptedLayer(StandIn, Holder):
 
     def fuses(self, layer: Any, x: Tensor, p: Entries) -> bool:
         """Whether the variant's fused form can take the place of this call of the layer."""
-        variant = self._site.variant
-        if not overrides(variant, "fused") or overrides(variant, "transform_input"):
+        if not self._may_fuse or (self.training and self._site.dropout):
             return False
-        if p.own and not (variant.broadcasts and isinstance(p.params, Prepared)):
-            return False
-        if self._active is not None or (self._site.dropout and self.training):
+        if p.own and not (self._site.variant.broadcasts and isinstance(p.params, Prepared)):
             return False
         if torch.compiler.is_compiling() or in_transform() or not is_plain_linear(layer):
             return False
-        W = layer.weight
-        return (
-            type(W) in (Tensor, nn.Parameter)
-            and type(x) is Tensor
-            and W.dtype == x.dtype
-            and W.device == x.device
-            and not W.requires_grad
-            and not autocast_on(x.device)
-        )
+        W = layer._parameters["weight"]
+        plain = type(x) is Tensor and type(W) in (Tensor, nn.Parameter) and not W.requires_grad
+        alike = W.dtype == x.dtype and W.device == x.device
+        return plain and alike and not autocast_on(x.device)
 
     @property
     def stored(self) -> Tensor | None:
@@ -187,18 +182,27 @@ class AdaptedLayer(StandIn, Holder):
             return True
         return not any(table[name].requires_grad for table, name in self.places())
 
-    def prepared_ahead(self) -> Entries:
-        """The parameters, prepared before any input, for the dtype that it most likely has.
+    def prepare_ahead(self, together: bool) -> tuple[Entries, torch.dtype | None]:
+        """Prepares the parameters before any input, for the dtype that it most likely has.
 
         Under autocast, or if that is unknown, in float32: casts to another dtype then come last.
+        With `together`, the parameters may have the dtype of the leaves: the caller is to round
+        them, in place of their dict, to the dtype returned.
         """
-        plain, variant, weight = self.plain(), self._site.variant, self._weight
-        if not overrides(variant, "prepare") or not weight.at_hand:
-            return plain
-        dtype = weight.input_dtype or torch.float32
-        if autocast_on(weight.device):
-            dtype = torch.promote_types(dtype, torch.float32)
-        return prepare(variant, weight, plain, dtype)
+        entries, variant, weight, later = self.plain(), self._site.variant, self._weight, None
+        if overrides(variant, "prepare") and weight.at_hand:
+            dtype = weight.input_dtype or torch.float32
+            if autocast_on(weight.device):
+                dtype = torch.promote_types(dtype, torch.float32)
+            wide = dtype
+            if together and variant.rounds_last:
+                for leaf in entries.params.values():
+                    wide = wide if leaf.dtype == wide else torch.promote_types(wide, leaf.dtype)
+            entries = prepare(variant, weight, entries, wide)
+            if wide != dtype:
+                entries, later = Entries(entries.params, entries.own, dtype), dtype
+        self.__dict__["_kept"] = Kept(entries, None)
+        return entries, later
 
     def sources(self) -> list[Place]:
         """Where the tensors are that the parameters may be prepared from."""

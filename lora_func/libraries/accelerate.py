@@ -26,7 +26,9 @@ RELIES_ON = {
 
 def offloading(module: Any) -> Any:
     """The hook that holds the tensors of an offloaded module, or None."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = module.__dict__.get("_hf_hook")  # a missing attribute of a module is slow to ask for
+    if hook is None:
+        return None
     hooks = getattr(hook, "hooks", (hook,))
     return next((hook for hook in hooks if getattr(hook, "offload", False)), None)
 

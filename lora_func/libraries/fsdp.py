@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import LoraFuncError
 
@@ -12,6 +12,8 @@ RELIES_ON = {
     "torch.distributed.tensor": ("DTensor.full_tensor",),
     "torch.distributed.fsdp": ("FullyShardedDataParallel",),
 }
+
+PLAIN = (Tensor, nn.Parameter)  # a missing attribute is slow to ask for
 
 
 def is_first_version(module: Any) -> bool:
@@ -21,7 +23,7 @@ def is_first_version(module: Any) -> bool:
 
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a DTensor."""
-    return hasattr(tensor, "full_tensor")
+    return type(tensor) not in PLAIN and hasattr(tensor, "full_tensor")
 
 
 def gathered(tensor: Any) -> Tensor:

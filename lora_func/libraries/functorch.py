@@ -32,6 +32,7 @@ RELIES_ON = {
     "torch._functorch.vmap": ("lazy_load_decompositions",),
     "torch.autograd.forward_ad": ("_current_level",),
     "torch._C": ("_current_graph_task_id",),
+    "torch": ("_foreach_copy_", "ops.aten._unsafe_view"),
 }
 
 Result = TypeVar("Result", Tensor, tuple[Tensor, ...])
@@ -70,3 +71,17 @@ def is_batched(t: Tensor) -> bool:
 def in_backward() -> bool:
     """Whether a backward pass of autograd runs in this thread."""
     return torch._C._current_graph_task_id() != -1  # pyright: ignore  (compiled)
+
+
+def own_tensor(t: Tensor) -> Tensor:
+    """`t`, with its memory, as a tensor that autograd does not know as a view.
+
+    An output of a `torch.autograd.Function` that is a view cannot be changed in place, and a
+    product of three axes is one.
+    """
+    return torch.ops.aten._unsafe_view(t, t.shape)
+
+
+def copy_together(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copies each source to its target, by one kernel on a GPU."""
+    torch._foreach_copy_(targets, sources)

@@ -4,6 +4,7 @@
 laws over its catalogue, on layers that hypothesis draws.
 """
 
+from . import forms  # noqa: F401  (its laws)
 from .check import Report, check_variant
 from .law import LAWS, Broken, Law
 from .laws import rounding_at_init

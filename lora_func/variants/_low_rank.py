@@ -34,14 +34,12 @@ class Factored(Variant):
 class Product(Factored):
     """`out = base_out + s (x Aᵀ) Bᵀ`, with the A and B that `pair` makes of the parameters."""
 
+    broadcasts = rounds_last = True
+
     @property
     def scale(self) -> float:
         """s."""
         return 1.0
-
-    @property
-    def broadcasts(self) -> bool:
-        return True
 
     def pair(self, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """`A [r, d_in]` and `B [d_out, r]`, in the dtype of the parameters."""
@@ -49,23 +47,18 @@ class Product(Factored):
 
     def prepare(self, weight, params, dtype):
         A, B = self.pair(params)
-        return {"A": A.to(dtype), "B": times(self.scale, B).to(dtype)}
+        return {"A": A.to(dtype), "B": B.to(dtype)}
 
     def apply(self, x, base_out, weight, params):
         p = self.prepared(weight, params, x.dtype)
-        return low_rank_update(base_out, x, p["A"], p["B"])
+        return low_rank_update(base_out, x, p["A"], p["B"], self.scale)
 
     def fused(self, x, W, b, params):
-        return low_rank_linear(x, W, b, params["A"], params["B"])
+        return low_rank_linear(x, W, b, params["A"], params["B"], self.scale)
 
     def factors(self, weight, params):
         A, B = (at_least_float32(factor) for factor in self.pair(params))
         return A, self.scale * B
-
-
-def times(s: float, B: Tensor) -> Tensor:
-    """`s B`, without a kernel for s = 1."""
-    return B if s == 1 else s * B
 
 
 def scale_of(alpha: float, r: int, rslora: bool) -> float:

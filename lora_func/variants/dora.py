@@ -38,7 +38,7 @@ from ..linalg import (
 )
 from ..variant import Params
 from ._gate import gated
-from ._low_rank import LowRank, times
+from ._low_rank import LowRank
 
 TINY = 1e-30  # a row of zeros needs a norm to divide by
 
@@ -61,6 +61,7 @@ class DoRA(LowRank):
         peft=Peft("LoraConfig", {"use_dora": True}),
         beside_peft="the same, gradients included; PEFT forms the dense update on each call",
     )
+    broadcasts = rounds_last = True
 
     detach_norm: bool = True
     """Treat the row norms n as constants in the gradient, as the paper does."""
@@ -80,10 +81,6 @@ class DoRA(LowRank):
         A = kaiming(self.r, d_in, generator)
         return Params({"A": A, "B": B, "m": w2.sqrt()}, frozen={"w2": w2})
 
-    @property
-    def broadcasts(self):
-        return True
-
     def gain(self, weight, params):
         """ρ = m / n `[d_out]`. n is rounded to the dtype of m, so that ρ is 1 at init in any."""
         A, B = params["A"], params["B"]
@@ -94,16 +91,16 @@ class DoRA(LowRank):
 
     def prepare(self, weight, params, dtype):
         rho = self.gain(weight, params)
-        B = times(self.scale, params["B"])
-        p = {"A": params["A"].to(dtype), "B": B.to(dtype), "gain": (rho - 1).to(dtype)}
+        A, B = params["A"], params["B"]
+        p = {"A": A.to(dtype), "B": B.to(dtype), "gain": (rho - 1).to(dtype)}
         return p if weight.bias is None else {**p, "b": weight.bias.to(dtype)}
 
     def apply(self, x, base_out, weight, params):
         p = self.prepared(weight, params, x.dtype)
-        return stretched(low_rank_update(base_out, x, p["A"], p["B"]), p)
+        return stretched(low_rank_update(base_out, x, p["A"], p["B"], self.scale), p)
 
     def fused(self, x, W, b, params):
-        return stretched(low_rank_linear(x, W, b, params["A"], params["B"]), params)
+        return stretched(low_rank_linear(x, W, b, params["A"], params["B"], self.scale), params)
 
     def merged(self, weight, params):
         # ρ (W + s B A)

@@ -47,16 +47,13 @@ class ETHER(Factored):
         reads="nothing",
         lr=2e-3,
     )
+    broadcasts = True
 
     n: int = 1
     """Number of blocks, at least 1; divides d_in into blocks of at least 2 inputs."""
 
     def __post_init__(self):
         check_rank(self, "n")
-
-    @property
-    def broadcasts(self):
-        return True
 
     def init(self, weight, generator, stats=None):
         d_in = weight.shape[1]

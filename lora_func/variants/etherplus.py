@@ -52,6 +52,7 @@ class ETHERPlus(Factored):
         reads="nothing",
         lr=5e-3,
     )
+    broadcasts = True
 
     n: int = 4
     """Number of blocks on each side, at least 1; divides d_in and d_out into blocks of at least
@@ -59,10 +60,6 @@ class ETHERPlus(Factored):
 
     def __post_init__(self):
         check_rank(self, "n")
-
-    @property
-    def broadcasts(self):
-        return True
 
     def init(self, weight, generator, stats=None):
         d_out, d_in = weight.shape

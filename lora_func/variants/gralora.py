@@ -25,7 +25,7 @@ from ..errors import LoraFuncError
 from ..linalg import kaiming, low_rank_update
 from ..variant import Params
 from ._blocks import check_divides
-from ._low_rank import Product, times
+from ._low_rank import Product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class GraLoRA(Product):
         return Params(leaves)
 
     def prepare(self, weight, params, dtype):
-        scaled = {n: times(self.scale, leaf) for n, leaf in params.items() if n[0] == "B"}
+        scaled = {n: self.scale * leaf for n, leaf in params.items() if n[0] == "B"}
         return {name: leaf.to(dtype) for name, leaf in {**params, **scaled}.items()}
 
     def apply(self, x, base_out, weight, params):

@@ -52,6 +52,7 @@ class HRA(Factored):
         peft=Peft("HRAConfig"),
         beside_peft="the same function; PEFT applies the reflections one by one",
     )
+    broadcasts = rounds_last = True
 
     r: int = 8
     """Number of reflections: even, at least 2."""
@@ -68,10 +69,6 @@ class HRA(Factored):
             )
         if self.init_norm is not None:
             check_positive(self, "init_norm")
-
-    @property
-    def broadcasts(self):
-        return True
 
     def init(self, weight, generator, stats=None):
         d_in = weight.shape[1]

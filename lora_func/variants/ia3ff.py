@@ -38,10 +38,7 @@ class IA3FF(Variant):
         peft=Peft("IA3Config", {"feedforward_modules": TARGETS}, rank=None),
         beside_peft="the same function; the gate is stored as its deviation from 1",
     )
-
-    @property
-    def broadcasts(self):
-        return True
+    broadcasts = rounds_last = True
 
     def init(self, weight, generator, stats=None):
         return Params({"d": torch.zeros(weight.shape[1], dtype=torch.float32)})

@@ -24,7 +24,7 @@ from ..card import Card, Peft
 from ..checks import check_choice
 from ..linalg import at_least_float32, kaiming, low_rank_update, normal, over_rows
 from ..variant import Params
-from ._low_rank import TwoFactors, times
+from ._low_rank import TwoFactors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ class LoRA(TwoFactors):
         peft=Peft("LoraConfig"),
         beside_peft="the same; alpha is 16 by default, PEFT's 8",
     )
+    broadcasts = rounds_last = True
 
     start: str = "kaiming"
     """What A is drawn from: "kaiming", U(±1 / sqrt(d_in)), or "gaussian", N(0, 1 / r²)."""
@@ -60,10 +61,6 @@ class LoRA(TwoFactors):
     def lr_scale(self):
         return {"B": self.lr_ratio, "b": self.lr_ratio}
 
-    @property
-    def broadcasts(self):
-        return True
-
     def init(self, weight, generator, stats=None):
         (d_out, d_in), r = weight.shape, self.r
         gaussian = self.start == "gaussian"
@@ -74,18 +71,16 @@ class LoRA(TwoFactors):
         return Params(leaves)
 
     def prepare(self, weight, params, dtype):
-        scaled = {
-            name: leaf if name == "A" else times(self.scale, leaf) for name, leaf in params.items()
-        }
-        return {name: leaf.to(dtype) for name, leaf in scaled.items()}
+        p = {"A": params["A"].to(dtype), "B": params["B"].to(dtype)}
+        return {**p, "b": (self.scale * params["b"]).to(dtype)} if self.add_bias else p
 
     def apply(self, x, base_out, weight, params):
         p = self.prepared(weight, params, x.dtype)
-        return low_rank_update(base_out, x, p["A"], p["B"], bias=p.get("b"))
+        return low_rank_update(base_out, x, p["A"], p["B"], self.scale, bias=p.get("b"))
 
     def fused(self, x, W, b, params):
         out = super().fused(x, W, b, params)
-        return out + over_rows(params["b"]) if "b" in params else out
+        return out + over_rows(params["b"]) if self.add_bias else out
 
     def factors(self, weight, params):  # pyright: ignore  (None with a bias)
         return None if self.add_bias else super().factors(weight, params)

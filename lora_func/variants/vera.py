@@ -46,6 +46,7 @@ class VeRA(Factored):
         peft=Peft("VeraConfig"),
         beside_peft="the same function; PEFT draws A and B from a key of its own",
     )
+    broadcasts = True
 
     r: int = 256
     """Rows of A and columns of B, at least 1. The default is PEFT's."""
@@ -59,10 +60,6 @@ class VeRA(Factored):
             raise LoraFuncError(
                 "VeRA(d_initial=0.0): d_initial must not be 0, or nothing could learn"
             )
-
-    @property
-    def broadcasts(self):
-        return True
 
     def init(self, weight, generator, stats=None):
         ld = torch.full((self.r,), float(self.d_initial), dtype=torch.float32)

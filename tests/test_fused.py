@@ -1,0 +1,183 @@
+"""The fused form of a variant: the same function and derivatives, where the engine may take it."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import trained
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_func as lf
+from lora_func.fused import low_rank_linear
+
+ALL = lf.Targets(roles=())
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+@pytest.mark.parametrize(
+    ("lead", "own"),
+    [((2, 3), ""), ((7,), ""), ((), ""), ((2, 3), "AB"), ((2, 3), "A"), ((2, 3), "B")],
+)
+def test_its_derivatives_are_those_of_finite_differences(lead, own, scale):
+    """First and second ones, one at a time and many, and the value is that of the plain formula."""
+    torch.manual_seed(0)
+    W, b = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    A, B = leaf(*("A" in own) * (2,), 3, 5), leaf(*("B" in own) * (2,), 4, 3)
+    point = (leaf(*lead, 5), A, B)
+
+    def f(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return low_rank_linear(x, W, b, A, B, scale)
+
+    x, A, B = point
+    torch.testing.assert_close(f(*point), F.linear(x, W, b) + scale * (x @ A.mT) @ B.mT)
+    assert torch.autograd.gradcheck(f, point, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(f, point)
+
+
+def test_inputs_of_any_layout():
+    """Transposed, expanded and empty inputs, and gradients that are views."""
+    W, A, B = torch.randn(4, 5), torch.randn(2, 5), torch.randn(4, 2)
+    full = W + B @ A
+    for given in (torch.randn(5, 3).mT, torch.randn(3, 2, 5).transpose(0, 1), torch.randn(0, 5)):
+        x = given.requires_grad_()
+        out = low_rank_linear(x, W, None, A, B)
+        torch.testing.assert_close(out, F.linear(x, full))
+        grad = torch.randn(()).expand(out.shape)
+        (gx,) = torch.autograd.grad(out, x, grad)
+        torch.testing.assert_close(gx, grad @ full)
+
+
+class Spied(lf.LoRA):
+    """A LoRA that notes when its fused form runs."""
+
+    calls: list[Any] = []  # noqa: RUF012  (cleared by each test)
+
+    def fused(self, x, W, b, params):
+        self.calls.append(x)
+        return super().fused(x, W, b, params)
+
+
+def runs_fused(call: Any) -> bool:
+    Spied.calls.clear()
+    call()
+    return bool(Spied.calls)
+
+
+def setting(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(inplace=True), nn.Linear(12, 8, bias=False))
+    model = model.to(dtype)
+    adapter, params = lf.adapt(model, Spied(r=4), targets=ALL, **options)
+    params = {key: t.requires_grad_() for key, t in trained(params).items()}
+    return model, adapter, params, torch.randn(3, 5, 8, dtype=dtype)
+
+
+def test_where_it_runs():
+    model, adapter, params, x = setting()
+    assert runs_fused(lambda: adapter(model, params, x))
+    assert runs_fused(lambda: lf.bind(adapter, model, params)(x))
+    assert runs_fused(lambda: adapter(model, lf.expand(params, 3), x))
+    with torch.no_grad():
+        assert runs_fused(lambda: adapter(model, params, x))
+    low = setting(torch.bfloat16)
+    assert runs_fused(lambda: low[1](*low[:1], *low[2:]))
+
+
+@contextlib.contextmanager
+def hooked(register: Any):
+    handle = register(lambda *_: None)
+    yield
+    handle.remove()
+
+
+def test_where_it_does_not_run():
+    """Under transforms, hooks, autocast, dropout and `active`, and for layers of other kinds."""
+    model, adapter, params, x = setting()
+    plain = adapter(model, params, x)
+    contexts = [
+        torch.autocast("cpu", torch.bfloat16),
+        hooked(model[0].register_forward_hook),
+        hooked(model[2].register_forward_pre_hook),
+        hooked(model[0].register_full_backward_hook),
+        hooked(nn.modules.module.register_module_forward_hook),
+    ]
+    for context in contexts:
+        with context:
+            Spied.calls.clear()
+            out = adapter(model, params, x)
+            assert len(Spied.calls) < 2
+            torch.testing.assert_close(out.float(), plain, rtol=0.05, atol=0.05)
+    active = torch.ones(3, 5, dtype=torch.bool)
+    assert not runs_fused(lambda: adapter(model, params, x, active=active))
+    assert not runs_fused(
+        lambda: torch.func.grad(lambda p: adapter(model, p, x).sum())(dict(params))
+    )
+    with_dropout = setting(dropout=0.5)
+    assert not runs_fused(lambda: with_dropout[1](with_dropout[0].train(), params, x))
+    assert runs_fused(lambda: with_dropout[1](with_dropout[0].eval(), params, x))
+
+    class Named(nn.Linear):
+        pass
+
+    other = nn.Sequential(Named(8, 8))
+    adapter, params = lf.adapt(other, Spied(r=4), targets=ALL)
+    assert not runs_fused(lambda: adapter(other, params, x))
+    assert torch.equal(adapter(other, params, x), other(x))
+
+
+@pytest.mark.parametrize("variant", [lf.LoRA(r=4), lf.DoRA(r=4), lf.PiSSA(r=4)], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_equals_that_of_the_plain_form(variant, dtype):
+    """Through a model, its checkpoints, and an in-place activation behind the layer."""
+    model, _, _, x = setting(dtype)
+    kind = type(variant)
+    plain = type(kind.__name__, (kind,), {"fused": lf.Variant.fused})(**vars(variant))
+    found = []
+    for form in (variant, plain):
+        adapter, params = lf.adapt(
+            model, form, targets=ALL, generator=torch.Generator().manual_seed(0)
+        )
+        noise = torch.Generator().manual_seed(1)
+        leaves = {
+            key: (t + 0.1 * torch.randn(t.shape, generator=noise)).requires_grad_()
+            for key, t in params.items()
+        }
+
+        def loss(adapter=adapter, leaves=leaves) -> Tensor:
+            return adapter(model, leaves, x).float().square().mean()
+
+        grads = torch.autograd.grad(loss(), list(leaves.values()))
+        bound = lf.bind(adapter, model, leaves)
+        again = checkpoint(bound, x, use_reentrant=False).float().square().mean()
+        for grad, other in zip(grads, torch.autograd.grad(again, list(leaves.values()))):
+            torch.testing.assert_close(grad, other)
+        found.append((loss().detach(), *grads))
+    error = 1e-5 if dtype == torch.float32 else 0.03  # one rounding fewer
+    for ours, theirs in zip(*found):
+        largest = theirs.abs().max().item()
+        torch.testing.assert_close(ours, theirs, rtol=error, atol=error * largest)
+
+
+def test_second_derivatives_through_a_model():
+    """create_graph works through the model, as for a gradient penalty."""
+    model, adapter, params, x = setting(torch.float64)
+    leaves = list(params.values())
+    grads = torch.autograd.grad(adapter(model, params, x).square().sum(), leaves, create_graph=True)
+    found = torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves)
+
+    def norm(p: dict[str, Tensor]) -> Tensor:
+        grads = torch.func.grad(lambda p: adapter(model, p, x).square().sum())(p)
+        return sum(grad.square().sum() for grad in grads.values())
+
+    expected = torch.func.grad(norm)({key: t.detach() for key, t in params.items()})
+    for grad, key in zip(found, params):
+        torch.testing.assert_close(grad, expected[key], rtol=1e-6, atol=1e-6)
