@@ -141,7 +141,8 @@ def test_each_linear_layer_sharded_apart(variant):
     for module in list(sharded.modules()):
         if isinstance(module, nn.Linear):
             fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    assert largest(gradients(adapter, shard(sharded), params, batch), want) == 0
+    # A layer with hooks runs apart from its update, and rounds elsewhere than the fused one.
+    assert largest(gradients(adapter, shard(sharded), params, batch), want) < 1e-6
 
 
 def test_transforms_files_and_generate():
@@ -165,7 +166,7 @@ def test_transforms_files_and_generate():
         return found, lf.bind(adapter, model, params).generate(**ids)
 
     (given, tokens), (expected, same_tokens) = everything(sharded), everything(model)
-    assert largest(given, expected) == 0
+    assert largest(given, expected) < 1e-6  # examples are mapped where a weight is not at hand
     assert torch.equal(tokens, same_tokens)
     file = Path(sys.argv[1]) / f"rank{dist.get_rank()}.safetensors"
     lf.save(file, adapter, params)

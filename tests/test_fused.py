@@ -139,8 +139,8 @@ def test_where_it_does_not_run():
 def test_a_step_equals_that_of_the_plain_form(variant, dtype):
     """Through a model, its checkpoints, and an in-place activation behind the layer."""
     model, _, _, x = setting(dtype)
-    kind = type(variant)
-    plain = type(kind.__name__, (kind,), {"fused": lf.Variant.fused})(**vars(variant))
+    kind: Any = type(variant)
+    plain: Any = type(kind.__name__, (kind,), {"fused": lf.Variant.fused})(**vars(variant))
     found = []
     for form in (variant, plain):
         adapter, params = lf.adapt(
@@ -172,11 +172,12 @@ def test_second_derivatives_through_a_model():
     model, adapter, params, x = setting(torch.float64)
     leaves = list(params.values())
     grads = torch.autograd.grad(adapter(model, params, x).square().sum(), leaves, create_graph=True)
-    found = torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves)
+    penalty = torch.stack([grad.square().sum() for grad in grads]).sum()
+    found = torch.autograd.grad(penalty, leaves)
 
     def norm(p: dict[str, Tensor]) -> Tensor:
         grads = torch.func.grad(lambda p: adapter(model, p, x).square().sum())(p)
-        return sum(grad.square().sum() for grad in grads.values())
+        return torch.stack([grad.square().sum() for grad in grads.values()]).sum()
 
     expected = torch.func.grad(norm)({key: t.detach() for key, t in params.items()})
     for grad, key in zip(found, params):

@@ -84,4 +84,4 @@ def own_tensor(t: Tensor) -> Tensor:
 
 def copy_together(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copies each source to its target, by one kernel on a GPU."""
-    torch._foreach_copy_(targets, sources)
+    torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
