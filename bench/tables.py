@@ -495,6 +495,47 @@ def peaks(of: str) -> str:
     return f"{markdown(rows, headers)}\n\nMeasured: {ran_on}. Counted: commit {commit}."
 
 
+def init(kind: str) -> str:
+    """Seconds to initialise, beside PEFT."""
+    result, ran_on = read(f"init-{kind}")
+    found: dict[str, dict[str, Any]] = {}
+    for row in result["rows"]["methods"]:
+        found.setdefault(row["method"], {})[row["who"]] = row
+    cells = []
+    for method, sides in found.items():
+        cells.append([method])
+        for side in map(sides.get, ("ours", "peft")):
+            if side is None:
+                cells[-1] += 3 * ["-"]
+                continue
+            directions = method.startswith(("pissa", "ssvd"))
+            share = f"{side['energy']:.4f}" if directions else "-"
+            cells[-1] += [f"{side['seconds per layer']:.3f}", str(side["layers"]), share]
+    columns = ["s / layer", "layers", "energy / exact"]
+    table = markdown(cells, ["method", *columns, *(f"PEFT: {each}" for each in columns)])
+    s = result["settings"]
+    about = (
+        f"Each layer of the 8B shape has 7 linear layers; weights in {s['dtype']}, r={s['r']} "
+        f"(SSVD: 8 times that). CorDA sees one batch of {s['tokens']:,} tokens, whose pass counts."
+    )
+    return f"{table}\n\n{about} {ran_on}."
+
+
+def decompositions(kind: str) -> str:
+    """Ways to the largest singular triplets."""
+    result, ran_on = read(f"init-{kind}")
+    cells = []
+    for row in result["rows"]["decompositions"]:
+        cells.append(["{} x {}".format(*row["shape"]), row["way"]])
+        if "error" in row:
+            cells[-1] += [row["error"], "-", "-"]
+        else:
+            off = max(row["U off"], row["V off"])
+            cells[-1] += [f"{1e3 * row['seconds']:,.0f}", f"{row['energy']:.4f}", f"{off:.0e}"]
+    table = markdown(cells, ["matrix", "way", "ms", "energy / exact", "UᵀU - I, VᵀV - I"])
+    return f"{table}\n\nfloat32, r={result['settings']['r']}, decaying spectrum. {ran_on}."
+
+
 def scaling(kind: str) -> str:
     """How cost grows, beside what the roofline model predicts."""
     result, ran_on = read(f"scaling-{kind}")
@@ -554,6 +595,8 @@ def scaling_70b() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "init-h200": lambda: init("h200"),
+    "decompositions-h200": lambda: decompositions("h200"),
     "scaling-h200": lambda: scaling("h200"),
     "scaling-70b": scaling_70b,
     "sweep-findings": lambda: sweep_findings("h200"),
