@@ -1,8 +1,8 @@
 """How the cost of an adapter grows: with tokens, rank, targets, adapters in one pass, and model.
 
-One of these varies at a time, around a centre. A step is that of speed.py. All layers of a model
-are alike, so a few of the 8B model tell what one costs. K adapters have a sequence each. A row is
-written as soon as it is measured.
+One of these varies at a time, around a centre. A step is a forward, and a backward to the input
+embeddings and to the adapter. All layers of a model are alike, so a few of the 8B model tell what
+one costs. K adapters have a sequence each. A row is written as soon as it is measured.
 
 `python bench/scaling.py --help`. Then scaling_report.py compares it with the roofline model.
 """
@@ -98,11 +98,10 @@ def forwards(
     leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
     size = (row.sequences, row.tokens // row.sequences, model.config.hidden_size)
     embeds = 0.02 * torch.randn(size, device=model.device, dtype=dtype)
-    batch = {"inputs_embeds": embeds, "use_cache": False, "logits_to_keep": 1}
-    towards = {**batch, "inputs_embeds": embeds.detach().requires_grad_()}
+    batch = {"inputs_embeds": embeds.requires_grad_(), "use_cache": False, "logits_to_keep": 1}
     return {
-        "base": (lambda: speed.loss(model(**towards)), [towards["inputs_embeds"]]),
-        "ours": (lambda: speed.loss(adapter(model, leaves, batch)), [*leaves.values()]),
+        "base": (lambda: speed.loss(model(**batch)), [embeds]),
+        "ours": (lambda: speed.loss(adapter(model, leaves, batch)), [embeds, *leaves.values()]),
     }
 
 
