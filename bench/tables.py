@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from common import RESULTS, read
 from sweep import report
@@ -493,7 +495,110 @@ def peaks(of: str) -> str:
     return f"{markdown(rows, headers)}\n\nMeasured: {ran_on}. Counted: commit {commit}."
 
 
+def init(kind: str) -> str:
+    """Seconds to initialise, beside PEFT."""
+    result, ran_on = read(f"init-{kind}")
+    found: dict[str, dict[str, Any]] = {}
+    for row in result["rows"]["methods"]:
+        found.setdefault(row["method"], {})[row["who"]] = row
+    cells = []
+    for method, sides in found.items():
+        cells.append([method])
+        for side in map(sides.get, ("ours", "peft")):
+            if side is None:
+                cells[-1] += 3 * ["-"]
+                continue
+            directions = method.startswith(("pissa", "ssvd"))
+            share = f"{side['energy']:.4f}" if directions else "-"
+            cells[-1] += [f"{side['seconds per layer']:.3f}", str(side["layers"]), share]
+    columns = ["s / layer", "layers", "energy / exact"]
+    table = markdown(cells, ["method", *columns, *(f"PEFT: {each}" for each in columns)])
+    s = result["settings"]
+    about = (
+        f"Each layer of the 8B shape has 7 linear layers; weights in {s['dtype']}, r={s['r']} "
+        f"(SSVD: 8 times that). CorDA sees one batch of {s['tokens']:,} tokens, whose pass counts."
+    )
+    return f"{table}\n\n{about} {ran_on}."
+
+
+def decompositions(kind: str) -> str:
+    """Ways to the largest singular triplets."""
+    result, ran_on = read(f"init-{kind}")
+    cells = []
+    for row in result["rows"]["decompositions"]:
+        cells.append(["{} x {}".format(*row["shape"]), row["way"]])
+        if "error" in row:
+            cells[-1] += [row["error"], "-", "-"]
+        else:
+            off = max(row["U off"], row["V off"])
+            cells[-1] += [f"{1e3 * row['seconds']:,.0f}", f"{row['energy']:.4f}", f"{off:.0e}"]
+    table = markdown(cells, ["matrix", "way", "ms", "energy / exact", "UᵀU - I, VᵀV - I"])
+    return f"{table}\n\nfloat32, r={result['settings']['r']}, decaying spectrum. {ran_on}."
+
+
+def scaling(kind: str) -> str:
+    """How cost grows, beside what the roofline model predicts."""
+    result, ran_on = read(f"scaling-{kind}")
+    modelled = {identity(row): row for row in read("roofline-cpu")[0]["rows"]}
+    cells, off = [], {"over base": [], "mebibytes over base": []}
+    for row in result["rows"]:
+        beside, found = modelled[identity(row)], []
+        for what, digits in (("over base", ".2f"), ("mebibytes over base", ",.0f")):
+            found += [format(row[what], digits) if what in row else "-"]
+            found += [format(beside[what], digits)]
+            if what in row:
+                off[what].append(abs(beside[what] / row[what] - 1))
+        cells.append([*identity(row), *found])
+    headers = ["model", "variant", "tokens", "r", "targets", "K", "time / base", "predicted"]
+    table = markdown(cells, [*headers, "MiB over base", "predicted"])
+    time, memory = (f"{statistics.median(each):.1%}" for each in off.values())
+    s, rates = result["settings"], result["rates"]
+    about = (
+        f"28 layers of the 0.6B shape and 4 of the 8B shape, {s['dtype']}. Half of the predictions "
+        f"are off by less than {time} in time and {memory} in memory. Measured rates: "
+        f"{rates['flops'] / 1e12:.0f} TFLOP/s, {rates['bandwidth'] / 1e12:.2f} TB/s by a copy and "
+        f"{rates['narrow'] / 1e12:.2f} TB/s by narrow products, {1e6 * rates['launch']:.1f} us for "
+        "an operation."
+    )
+    return f"{table}\n\n{about} {ran_on}."
+
+
+def identity(row: dict[str, Any]) -> tuple[str, ...]:
+    """What is measured in a row of scaling.py."""
+    return tuple(str(row[name]) for name in ("shape", "variant", "tokens", "r", "targets", "K"))
+
+
+def scaling_70b() -> str:
+    """What the roofline model says of a larger model."""
+    result, _ = read("roofline-cpu")
+    cells = [
+        [
+            row["variant"],
+            row["targets"],
+            f"{row['milliseconds']['base']:,.0f}",
+            f"{row['over base']:.2f}",
+            f"{row['mebibytes']['base'] / 1024:.1f}",
+            f"{row['mebibytes over base'] / 1024:.1f}",
+        ]
+        for row in result["rows"]
+        if row["shape"] == "70B"
+    ]
+    headers = ["70B, predicted", "targets", "base, ms", "time / base", "base, GiB", "GiB over base"]
+    last, of = result["rows"][-1], result["settings"]["of"]
+    weights, speed = last["gibibytes of the weights"], last["gigabytes a second to hide"]
+    about = (
+        f"80 layers, {last['tokens']:,} tokens on each GPU, r={last['r']}, bfloat16, with the "
+        f"rates of {of}. The weights are {weights:.0f} GiB, which the GPUs share. A step gathers "
+        f"them twice; from {speed:.0f} GB/s on, this takes no longer than the base computes."
+    )
+    return f"{markdown(cells, headers)}\n\n{about}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "init-h200": lambda: init("h200"),
+    "decompositions-h200": lambda: decompositions("h200"),
+    "scaling-h200": lambda: scaling("h200"),
+    "scaling-70b": scaling_70b,
     "sweep-findings": lambda: sweep_findings("h200"),
     "sweep-about": lambda: sweep_about("h200"),
     "sweep-configured": lambda: swept("h200", "configured"),

@@ -432,6 +432,20 @@ def test_olora_is_that_of_peft(rslora):
     same_function(model, variant, theirs)
 
 
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)], ids=str)
+@pytest.mark.parametrize("r", [3, 12])
+def test_olora_decomposes_no_more_than_r_columns(r, shape, monkeypatch):
+    """They give the first r columns of Q and rows of R, in the time of r columns."""
+    W = torch.randn(shape, dtype=torch.float64)
+    Q, R = torch.linalg.qr(W)
+    widths, qr = [], torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda M: widths.append(M.shape[1]) or qr(M))
+    found = lf.OLoRA(r=r).init(lf.Weight(W), None).frozen
+    assert widths == [r]
+    torch.testing.assert_close(found["A0"], R[:r])
+    torch.testing.assert_close(found["B0"], Q[:, :r])
+
+
 @pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
 def test_corda_is_that_of_peft(mode, rslora, tmp_path):

@@ -42,5 +42,6 @@ class OLoRA(Anchored):
 
     def anchors(self, weight, generator, stats):
         check_fits(self, weight.shape)
-        Q, R = torch.linalg.qr(at_least_float32(weight.dense()))
-        return R[: self.r].clone(), Q[:, : self.r].clone()
+        W = at_least_float32(weight.dense())
+        Q, R = torch.linalg.qr(W[:, : self.r])  # [d_out, r], [r, r]: no later column changes them
+        return torch.cat([R, Q.mT @ W[:, self.r :]], dim=1), Q
