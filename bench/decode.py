@@ -1,9 +1,12 @@
 """What a decoded token costs through a bound view, over a token of the base model.
 
-Of one sequence, of several with one adapter, and of several with an adapter each. A model of 12
-layers in the shape of Qwen3, one thread: a token's kernels are too small to share. Every contender
-has a cache of its own, filled with one prompt. A step runs one token through the model and takes it
-off the cache again, so all steps cost the same. The clock is that of the process.
+Of one sequence, of several with one adapter, and of several with an adapter each. On the CPU, a
+model of 12 layers in the shape of Qwen3, one thread: a token's kernels are too small to share. The
+clock is that of the process. On a GPU, the shape of Qwen3-0.6B in bfloat16, eager and captured.
+
+Every contender has a cache of its own, filled with one prompt. A step runs one token through the
+model. Eager, it takes the token off the cache again, so all steps cost the same. Captured by
+`lf.capture`, it writes to a cache of a fixed size, all of which each step reads.
 `python bench/decode.py --help`
 """
 
@@ -20,7 +23,7 @@ import torch
 from common import interleaved, qwen3, ratio, write
 from overhead import LINEAR, Q_V
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import lora_func as lf
 
@@ -57,6 +60,15 @@ def decoding(model: Any, prompt: torch.Tensor) -> Callable[[], Any]:
     return step
 
 
+def captured(model: Any, prompt: torch.Tensor, steps: int) -> Callable[[], Any]:
+    """The same as a CUDA graph, for so many tokens at most."""
+    cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + steps)
+    model(prompt, past_key_values=cache)
+    batch = {"input_ids": prompt[:, -1:]}
+    step = lf.capture(lambda batch: model(**batch, past_key_values=cache).logits, batch)
+    return lambda: step(batch)
+
+
 def bound(
     model: nn.Module, variant: lf.Variant, names: list[str], adapters: int
 ) -> tuple[nn.Module, int]:
@@ -74,26 +86,41 @@ def bound(
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=12)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--layers", type=int, default=28 if cuda else 12)
     parser.add_argument("--prompt", type=int, default=32, help="tokens before the decoded one")
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=100)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = qwen3(options.layers, "cpu", torch.float32, **SIZES)
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    model = qwen3(options.layers, device, dtype, **({} if cuda else SIZES))
+    clock = time.perf_counter if cuda else time.process_time
     rows = []
     cases = itertools.product((("q, v", Q_V), ("all linear", LINEAR)), CASES)
     for (targets, names), (batch, adapters) in cases:
-        prompt = torch.randint(SIZES["vocab_size"], (batch, options.prompt))
+        prompt = torch.randint(SIZES["vocab_size"], (batch, options.prompt), device=device)
         views = {
             name: bound(model, variant, names, adapters)
             for name, variant in variants(options.r).items()
         }
         steps = {"base": decoding(model, prompt)}
         steps |= {name: decoding(view, prompt) for name, (view, _) in views.items()}
-        times = interleaved(steps, options.rounds, warmup=5, clock=time.process_time)
+        if cuda:
+            models = {"base": model, **{name: view for name, (view, _) in views.items()}}
+            most = options.rounds + 10
+            steps |= {f"{name}, captured": captured(m, prompt, most) for name, m in models.items()}
+        times = interleaved(steps, options.rounds, warmup=5, clock=clock)
         for name, (_, layers) in views.items():
+            graph = {}
+            if cuda:
+                of, to = f"{name}, captured", "base, captured"
+                graph = {
+                    "captured, milliseconds": 1e3 * statistics.median(times[of]),
+                    "base, captured, milliseconds": 1e3 * statistics.median(times[to]),
+                    "captured over captured base": ratio(times, of, to),
+                }
             rows.append(
                 {
                     "variant": name,
@@ -104,11 +131,14 @@ def main() -> None:
                     "milliseconds": 1e3 * statistics.median(times[name]),
                     "base, milliseconds": 1e3 * statistics.median(times["base"]),
                     "time over base": ratio(times, name, "base"),
+                    **graph,
                 }
             )
+            shown = [x for key, x in rows[-1].items() if "over" in key]
             print(
                 f"{name:6s} {targets:12s} batch {batch}, adapters {adapters}: "
-                f"{rows[-1]['time over base']:.2f} times the base's token"
+                f"{', captured '.join(f'{x:.2f}' for x in shown)} times the base's token",
+                flush=True,
             )
     write("decode", rows, settings=vars(options))
 

@@ -10,6 +10,7 @@ ours without the fused form of the variant.
     compiled        by torch.compile, and ours also as torch.func.grad
     graph           as one CUDA graph, replayed
     nf4             on a base in 4 bits, and ours also as torch.func.grad
+    population      as a training loop runs it, with an adapter for each sequence of the batch
 
 `python bench/speed.py --help`
 """
@@ -68,6 +69,10 @@ ROWS = [
     *(Row("0.6B", 28, 4, 512, "graph", *case) for case in (
         ("lora", "all linear"), ("dora", "q, v"), ("hra", "q, v"),
     )),
+    *(Row("0.6B", 28, 64, 256, "population", *case) for case in (
+        ("lora", "q, v"), ("lora", "all linear"), ("dora", "q, v"), ("hra", "q, v"),
+    )),
+    Row("8B", 8, 8, 512, "population", "lora", "all linear"),
 ]  # fmt: skip
 
 
@@ -117,9 +122,11 @@ class Contenders:
         targets = lf.Targets(names=tuple(rf"\.{name}$" for name in names), roles=())
         self.adapter, params = lf.adapt(self.model, self.variant, targets=targets)
         self.apart, _ = lf.adapt(self.model, apart(self.variant), targets=targets)
+        if row.way == "population":
+            params = lf.stack([self.adapter.init(self.model) for _ in range(row.batch)])
         self.leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
         self.theirs: Any = None
-        if options.peft:
+        if options.peft and row.way != "population":
             config = peft_config(self.variant, names)
             theirs = build(row, options)
             self.theirs = peft.get_peft_model(theirs, config, autocast_adapter_dtype=True).eval()
@@ -139,7 +146,7 @@ class Contenders:
             "base": (lambda: loss(self.model(**self.batch)), [self.embeds]),
             "ours": (lambda: self.loss_of(self.leaves), [*self.leaves.values()]),
         }
-        if self.row.way != "compiled":
+        if self.row.way in ("eager", "graph"):
             apart = lambda: self.loss_of(self.leaves, self.apart)  # noqa: E731
             forwards["apart"] = apart, [*self.leaves.values()]
         if self.theirs is not None:
