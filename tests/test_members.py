@@ -22,7 +22,7 @@ RANK = 4  # PiSSA's change has rank 2 r
 DECAY = 0.1
 
 
-def one_run(adapter, model, params, data, rate, steps) -> dict[str, Tensor]:
+def one_run(adapter, model, params, data, *, rate, steps) -> dict[str, Tensor]:
     """AdamW on one adapter alone, on its own examples."""
     leaves = {key: leaf.clone().requires_grad_() for key, leaf in params.items()}
     optimizer = torch.optim.AdamW(leaves.values(), lr=rate, weight_decay=DECAY)
@@ -34,7 +34,7 @@ def one_run(adapter, model, params, data, rate, steps) -> dict[str, Tensor]:
     return {key: leaf.detach() for key, leaf in leaves.items()}
 
 
-def all_at_once(model, adapters, starts, data, rates, steps) -> list[dict[str, Tensor]]:
+def all_at_once(model, adapters, starts, data, *, rates, steps) -> list[dict[str, Tensor]]:
     """One pass and one optimizer for all members, of which each kind has its leaves stacked."""
     leaves = [
         {key: leaf.requires_grad_() for key, leaf in lf.stack(several).items()}
@@ -66,17 +66,15 @@ def compare(members: int, kinds, steps: int) -> None:
     """Trains `members` of each kind in both ways."""
     model = mlp().double()
     targets = lf.Targets(roles=())
-    adapters = [
-        lf.adapt(model, kind, targets=targets, dtype=torch.float64)[0] for kind in kinds
-    ]
+    adapters = [lf.adapt(model, kind, targets=targets, dtype=torch.float64)[0] for kind in kinds]
     starts = [[trained(a.init(model)) for _ in range(members)] for a in adapters]
     flat = [(a, start) for a, own in zip(adapters, starts) for start in own]
     counts = [1 + k % 4 for k in range(len(flat))]
     data = [(torch.randn(n, 6).double(), torch.randn(n, 4).double()) for n in counts]
     rates = torch.logspace(-4, -1, len(flat), dtype=torch.float64).tolist()
-    together = all_at_once(model, adapters, starts, data, rates, steps)
+    together = all_at_once(model, adapters, starts, data, rates=rates, steps=steps)
     for (adapter, start), own, rate, found in zip(flat, data, rates, together, strict=True):
-        alone = one_run(adapter, model, start, own, rate, steps)
+        alone = one_run(adapter, model, start, own, rate=rate, steps=steps)
         assert largest(found, alone) <= 1e-10
         assert largest(found, start) > rate
 
