@@ -118,6 +118,8 @@ class Setting:
 
     def theirs(self, prime_rl: Any) -> Any:
         """prime-rl's layer with the same factors."""
+        # Its globals do not let the number of adapters change.
+        prime_rl.base.LORA_NUM_TOKENS = prime_rl.base.SCALING_FACTORS = None
         prime_rl.set_lora_num_tokens(self.tokens, reset_reference=True)
         scales = torch.full_like(self.tokens, ALPHA / self.r, dtype=self.x.dtype)
         prime_rl.set_multilora_scaling(scales, reset_reference=True)
