@@ -22,6 +22,8 @@ LENGTH = {"min_new_tokens": 6, "max_new_tokens": 6}
 
 variants = catalogue()
 over_variants = pytest.mark.parametrize("variant", variants.values(), ids=variants.keys())
+# Those that broadcast and those that are mapped, that prepare much and that act on the input.
+over_kinds = pytest.mark.parametrize("name", ["lora", "pissa", "dora", "hra", "oft", "ia3ff"])
 
 
 def stacked(params):
@@ -65,11 +67,11 @@ def test_it_is_select(variant):
     torch.testing.assert_close(given, adapter(model, picked, batch).logits, rtol=1e-5, atol=1e-6)
 
 
-@over_variants
-def test_it_composes_with_transforms(variant):
+@over_kinds
+def test_it_composes_with_transforms(name):
     """vmap over populations, jvp, and Hessian-vector products."""
     base = tiny_llama(attn_implementation="eager").double()
-    model, adapter, params = adapted(variant, base, dtype=torch.float64)
+    model, adapter, params = adapted(variants[name], base, dtype=torch.float64)
     by_each, by_select = both(model, adapter, text_batch(rows=len(IDS)))
     several = lf.stack([stacked(params) for _ in range(2)])
     given, wanted = (torch.vmap(torch.func.grad(f))(several) for f in (by_each, by_select))
@@ -84,7 +86,7 @@ def test_it_composes_with_transforms(variant):
     assert largest(given, wanted) <= 1e-6 * scale_of(wanted)  # Llama's norms are float32
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "hra", "pissa", "oft"])
+@pytest.mark.parametrize("name", ["lora", "oft"])  # one that broadcasts, one that is mapped
 def test_compiled(name):
     """Forward and gradient are one graph. Other parameters cause no second one."""
     torch._dynamo.reset()
@@ -98,9 +100,9 @@ def test_compiled(name):
     assert counter.frame_count == 1
 
 
-@over_variants
-def test_bound_and_checkpointed(variant):
-    model, adapter, params = adapted(variant)
+@over_kinds
+def test_bound_and_checkpointed(name):
+    model, adapter, params = adapted(variants[name])
     batch, population = text_batch(rows=len(IDS)), stacked(params)
     module = lf.bind(adapter, model, population, each=EACH)
     wanted = adapter(model, population, batch, each=EACH).logits
