@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -167,11 +168,12 @@ def measure(K: int, length: int, options: argparse.Namespace, prime_rl: Any) -> 
     row: dict[str, Any] = {"K": K, "tokens of an example": length, "examples": s.n}
     row |= {"most examples": int(s.counts.max()), "difference": difference}
     row["mebibytes"] = {name: peak_bytes(step) / 2**20 for name, step in steps.items()}
+    clock = time.perf_counter if options.device == "cuda" else time.process_time
     kinds = {"eager": steps}
     if options.device == "cuda":
         kinds["captured"] = captured(steps)
     for kind, contenders in kinds.items():
-        times = interleaved(contenders, options.rounds)
+        times = interleaved(contenders, options.rounds, clock=clock)
         row[f"{kind}, microseconds"] = {
             name: 1e6 * statistics.median(seconds) for name, seconds in times.items()
         }
@@ -191,7 +193,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096 if cuda else 1024, help="of a batch")
     parser.add_argument("--width", type=int, default=4096 if cuda else 512)
     parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=50 if cuda else 10)
+    parser.add_argument("--rounds", type=int, default=50 if cuda else 20)
     options = parser.parse_args()
     prime_rl = installed()
     rows = []
