@@ -217,6 +217,7 @@ def multilora(kind: str) -> str:
     """One linear layer with K LoRAs, beside grouped products of sorted tokens."""
     result, ran_on = read(f"multilora-{kind}")
     s, ways = result["settings"], ["prime-rl", "grouped", "select", "each", "bound"]
+    measured = ["grouped", "select", "each"]  # ways of which the memory is shown
     ways = [way for way in ways if way in result["rows"][0]["mebibytes"]]
     rows = []
     for row in result["rows"]:
@@ -225,10 +226,14 @@ def multilora(kind: str) -> str:
             own = [row[k][way] for k in row if k.endswith("over base") and way in row[k]]
             cells.append(" / ".join(f"{ratio:.2f}" for ratio in own))
         peaks = row["mebibytes"]
-        rows.append([*cells, *(f"{peaks[way] / peaks['base']:.2f}" for way in ("select", "each"))])
-    headers = ["K", "tokens of an example", *ways, "memory: select", "memory: each"]
-    about = f"{s['tokens']} tokens, width {s['width']}, r={s['r']}, {s['dtype']}; over the base"
-    about += ", eager / captured." if s["device"] == "cuda" else "."
+        rows.append([*cells, *(f"{peaks[way]:.1f}" for way in measured)])
+    cuda = s["device"] == "cuda"
+    headers = ["K", "tokens of an example", *ways, *(f"{way}, MiB" for way in measured)]
+    about = (
+        f"{s['tokens']} tokens, width {s['width']}, r={s['r']}, {s['dtype']}; time over the base"
+    )
+    about += ", eager / captured" if cuda else ""
+    about += f"; memory: {'peak of the step' if cuda else 'bytes saved for backward'}."
     return f"{markdown(rows, headers)}\n\n{about} {ran_on}."
 
 
