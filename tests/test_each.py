@@ -169,6 +169,14 @@ def test_more_rows_than_that_are_refused():
         adapter(model, population, text_batch(rows=4 * K), each=EACH)
 
 
+def test_an_input_without_an_example_axis():
+    """A vector with as many entries as there are examples: another `each` would not help."""
+    model = torch.nn.Linear(6, 6)
+    adapter, params = lf.adapt(model, lf.LoRA(r=2), targets=lf.Targets(roles=()))
+    with pytest.raises(lf.LoraFuncError, match=r"shape \(6,\).*without the example axis$"):
+        adapter(model, stacked(params), torch.randn(6), each=EACH)
+
+
 def in_parameters(each):
     model = tiny_llama()
     targets = lf.Targets(parameters=(r"embed_tokens\.weight$",))

@@ -192,7 +192,7 @@ def misplaced(path: str, shape: tuple[int, ...], n: int, each: int) -> str:
         "targets, or give it parameters without the example axis"
     )
     k, rest = divmod(shape[0], n // each) if shape and n else (0, 0)
-    if k > 1 and not rest:
+    if k not in (0, each) and not rest:
         message += (
             f". If each entry of the parameters is for {k} examples, one after the other, say "
             f"each={k} instead of each={each}"
