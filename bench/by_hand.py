@@ -29,10 +29,12 @@ class Toy:
     ids: Tensor
     labels: Tensor
 
-    def logits(self, params: Mapping[str, Tensor], ids: Tensor | None = None) -> Tensor:
+    def logits(
+        self, params: Mapping[str, Tensor], ids: Tensor | None = None, each: int = 1
+    ) -> Tensor:
         """`[examples, classes]`"""
         ids = self.ids if ids is None else ids
-        return self.adapter(self.model, params, {"input_ids": ids}).logits
+        return self.adapter(self.model, params, {"input_ids": ids}, each=each).logits
 
     def losses(self, params: Mapping[str, Tensor]) -> Tensor:
         """The loss of each example."""

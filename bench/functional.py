@@ -77,10 +77,9 @@ def adam(own: Toy) -> Pair:
 
     starts = [own.another(seed) for seed in range(MEMBERS)]
     ids, labels = own.ids.repeat(MEMBERS, 1), own.labels.repeat(MEMBERS)
-    owner = torch.arange(MEMBERS).repeat_interleave(len(own.ids))
 
     def loss(stacked: Result) -> Tensor:
-        logits = own.logits(lf.select(stacked, owner), ids)
+        logits = own.logits(stacked, ids, each=len(own.ids))
         return F.cross_entropy(logits, labels, reduction="sum") / len(own.ids)
 
     def ours() -> Result:
@@ -114,7 +113,6 @@ def ensemble(own: Toy) -> Pair:
     """Mean and entropy of an ensemble's prediction, in one pass. By hand: a model for each."""
     members = [own.another(seed) for seed in range(MEMBERS)]
     stacked = lf.stack(members)
-    owner = torch.arange(MEMBERS).repeat_interleave(len(own.ids))
     ids = own.ids.repeat(MEMBERS, 1)
 
     def prediction(logits: Tensor) -> Result:
@@ -124,7 +122,7 @@ def ensemble(own: Toy) -> Pair:
 
     @torch.no_grad()
     def ours() -> Result:
-        logits = own.logits(lf.select(stacked, owner), ids)
+        logits = own.logits(stacked, ids, each=len(own.ids))
         return prediction(logits.unflatten(0, (MEMBERS, -1)))
 
     models = [wrapped(own, member)[0] for member in members]

@@ -5,6 +5,7 @@ adapter has its own examples.
 
     base         the frozen base on the same batch, backward to the input embeddings: a lower bound
     population   the K adapters as one stacked dict, whose leaves are trained: one pass for all
+    select       the same, with a copy of an adapter for each of its examples
     stacked      K dicts of leaves, one for each parameter group of an optimizer, stacked each step
     vmap(grad)   torch.func over the whole model
     one by one   the adapters, one after the other
@@ -55,17 +56,14 @@ class Setting:
             {key: leaf.requires_grad_() for key, leaf in params.items()} for params in self.adapters
         ]
 
-    def selected(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Each example's adapter; an adapter with one example needs no selection."""
-        return params if self.examples == 1 else lf.select(params, self.owner)
-
     def clear(self) -> None:
         for params in (self.stacked, *self.leaves):
             for leaf in params.values():
                 leaf.grad = None
 
-    def step(self, params: dict[str, Tensor], ids: Tensor) -> None:
-        logits = self.adapter(self.model, params, {"input_ids": ids, "use_cache": False}).logits
+    def step(self, params: dict[str, Tensor], ids: Tensor, each: int = 1) -> None:
+        batch = {"input_ids": ids, "use_cache": False}
+        logits = self.adapter(self.model, params, batch, each=each).logits
         loss_per_example(logits, ids).sum().backward()
 
     def base(self) -> None:
@@ -74,11 +72,15 @@ class Setting:
         torch.autograd.grad(loss_per_example(logits, self.ids).sum(), embeds)
 
     def population(self) -> None:
-        self.step(self.selected(self.stacked), self.ids)
+        self.step(self.stacked, self.ids, self.examples)
+        self.clear()
+
+    def select(self) -> None:
+        self.step(lf.select(self.stacked, self.owner), self.ids)
         self.clear()
 
     def stack(self) -> None:
-        self.step(self.selected(lf.stack(self.leaves)), self.ids)
+        self.step(lf.stack(self.leaves), self.ids, self.examples)
         self.clear()
 
     def one_by_one(self) -> None:
@@ -109,6 +111,7 @@ def measure_ways(
     ways: dict[str, Callable[[], None]] = {
         "base": s.base,
         "population": s.population,
+        "select": s.select,
         "stacked": s.stack,
         "vmap(grad)": s.vmap_grad,
         "one by one": s.one_by_one,

@@ -215,6 +215,30 @@ def population(kind: str) -> str:
     return f"{table}\n\n{about} {ran_on}."
 
 
+def multilora(kind: str) -> str:
+    """One linear layer with K LoRAs, beside grouped products of sorted tokens."""
+    result, ran_on = read(f"multilora-{kind}")
+    s, ways = result["settings"], ["prime-rl", "grouped", "select", "each", "bound"]
+    measured = ["grouped", "select", "each"]  # ways of which the memory is shown
+    ways = [way for way in ways if way in result["rows"][0]["mebibytes"]]
+    rows = []
+    for row in result["rows"]:
+        cells = [str(row["K"]), str(row["tokens of an example"])]
+        for way in ways:
+            own = [row[k][way] for k in row if k.endswith("over base") and way in row[k]]
+            cells.append(" / ".join(f"{ratio:.2f}" for ratio in own))
+        peaks = row["mebibytes"]
+        rows.append([*cells, *(f"{peaks[way]:.1f}" for way in measured)])
+    cuda = s["device"] == "cuda"
+    headers = ["K", "tokens of an example", *ways, *(f"{way}, MiB" for way in measured)]
+    about = (
+        f"{s['tokens']} tokens, width {s['width']}, r={s['r']}, {s['dtype']}; time over the base"
+    )
+    about += ", eager / captured" if cuda else ""
+    about += f"; memory: {'peak of the step' if cuda else 'bytes saved for backward'}."
+    return f"{markdown(rows, headers)}\n\n{about} {ran_on}."
+
+
 def headline(kind: str) -> str:
     """The largest population, in a sentence."""
     result, _ = read(f"population-{kind}")
@@ -632,6 +656,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "qwen": lambda: qwen("smollm2-135m-instruct.q4_1-cpu"),
     "population-cpu": lambda: population("cpu"),
     "population-h100": lambda: population("h100"),
+    "multilora-cpu": lambda: multilora("cpu"),
+    "multilora-h200": lambda: multilora("h200"),
 }
 
 

@@ -28,7 +28,7 @@ from .variant import Weight
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def bind(adapter: Adapter, model: Model, params: Mapping[str, Tensor]) -> Model:
+def bind(adapter: Adapter, model: Model, params: Mapping[str, Tensor], *, each: int = 1) -> Model:
     """The adapted model as a module, to train, generate from, evaluate or serve.
 
     The result is a view of `model` that holds `params`, of the model's own class. Its trainable
@@ -42,7 +42,8 @@ def bind(adapter: Adapter, model: Model, params: Mapping[str, Tensor]) -> Model:
     stay the tensors of `params`. Later changes to the model's modules do not reach it.
 
     With an example axis, a transformers model generates from as many prompts as there are examples:
-    each is continued by its own adapter, on all of its beams.
+    each is continued by its own adapter, on all of its beams. With `each`, an adapter has so many
+    prompts, one after the other.
 
     In eval mode and without gradients it prepares the leaves once, until one of them changes. A
     write through `.data` is not noticed then: call `eval()` after it, or write in place.
@@ -56,6 +57,7 @@ def bind(adapter: Adapter, model: Model, params: Mapping[str, Tensor]) -> Model:
         adapter: as `adapt` or `load` returned it.
         model: the model that the adapter was made for, or one with the same layers.
         params: flat key -> tensor, as for a call.
+        each: as for a call.
 
     Raises:
         LoraFuncError: what calling the adapter raises for bad params or another model.
@@ -69,17 +71,18 @@ def bind(adapter: Adapter, model: Model, params: Mapping[str, Tensor]) -> Model:
                 leaf.requires_grad_()
                 leaf._is_param = True  # so nn.Parameter knows a tensor that it did not make
     with torch.inference_mode(False):  # its tensors could not be part of a backward pass
-        view = adapter.view(model, params, call=False)
+        view = adapter.view(model, params, call=False, each=each)
     adapter._drift.check(model, view.weights(), adapter.base)
-    Face(adapter, view).attach(model)
+    Face(adapter, view, each).attach(model)
     return cast(Model, view.module)
 
 
 class Face:
     """What a bound view does differently from the model: its state, moves and copies."""
 
-    def __init__(self, adapter: Adapter, view: View):
+    def __init__(self, adapter: Adapter, view: View, each: int):
         self.adapter = adapter
+        self.each = each
         self.parts = view
         self.view = view.module
         self.layers = view.layers
@@ -127,9 +130,9 @@ class Face:
         return {key: held[key] for key in self.adapter.shapes}
 
     def examples(self) -> int | None:
-        """The length of the example axis; None if no leaf has one."""
+        """How many examples the parameters are for; None if no leaf has an example axis."""
         plain = [holder.plain() for holder in self.holders]
-        return next((len(p.params[name]) for p in plain for name in p.own), None)
+        return next((self.each * len(p.params[name]) for p in plain for name in p.own), None)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`, with an adapter for each prompt.
@@ -149,8 +152,8 @@ class Face:
         rows = prompts.shape[0] if isinstance(prompts, Tensor) else n
         if rows != n:
             raise LoraFuncError(
-                f"generate got {rows} prompts, but the module has adapters for {n}, one for each. "
-                "Bind an adapter for each prompt, as lf.select(population, ids) gives"
+                f"generate got {rows} prompts, but the module has adapters for {n}. Bind an "
+                "adapter for each prompt, as lf.select(population, ids) gives"
             )
         self.repeats[threading.get_ident()] = expand_size
         kind = type(self.view)

@@ -58,12 +58,9 @@ starts = [adapted_forward.init(model, generator=generator) for _ in range(K)]
 ensemble = lf.stack(starts)  # leaves [K, *shape]
 leaves = {key: leaf.requires_grad_() for key, leaf in ensemble.items()}
 resampled = torch.randint(n, (K, n), generator=generator)
-owner = torch.arange(K).repeat_interleave(n)
 optimizer = torch.optim.Adam(leaves.values(), lr=1e-2)
 for _ in range(200):
-    logits = adapted_forward(
-        model, lf.select(leaves, owner), x[resampled].flatten(0, 1)
-    )
+    logits = adapted_forward(model, leaves, x[resampled].flatten(0, 1), each=n)
     losses = F.cross_entropy(logits, y[resampled].flatten(), reduction="none")
     optimizer.zero_grad()
     losses.sum().div(n).backward()
@@ -74,8 +71,7 @@ for _ in range(200):
 @torch.no_grad()
 def predict(x):
     """Probability of the second moon for each adapter, `[K, points]`."""
-    owner = torch.arange(K).repeat_interleave(len(x))
-    logits = adapted_forward(model, lf.select(leaves, owner), x.repeat(K, 1))
+    logits = adapted_forward(model, leaves, x.repeat(K, 1), each=len(x))
     return logits.softmax(-1)[:, 1].reshape(K, -1)
 
 

@@ -17,16 +17,15 @@ model, ids = language_model(), counting(4)
 targets = lf.Targets(names=(r"(gate|v)_proj$",))
 adapted_forward, params = lf.adapt(model, lf.IA3(), targets=targets)
 generator = torch.Generator().manual_seed(0)
-owner = torch.arange(2 * pairs).repeat_interleave(len(ids))
-rows = ids.repeat(2 * pairs, 1)
+batch = {"input_ids": ids.repeat(2 * pairs, 1)}
 
 
 @torch.no_grad()
 def fitness(population):
     """Minus the loss of each adapter, `[2 pairs]`. No gradient is taken."""
-    each = lf.select(population, owner)
-    logits = adapted_forward(model, each, {"input_ids": rows}).logits
-    return -loss_per_example(logits, rows).reshape(2 * pairs, -1).mean(1)
+    logits = adapted_forward(model, population, batch, each=len(ids)).logits
+    losses = loss_per_example(logits, batch["input_ids"])
+    return -losses.reshape(2 * pairs, -1).mean(1)
 
 
 means = []

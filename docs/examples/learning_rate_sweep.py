@@ -28,12 +28,12 @@ groups = [
 optimizer = torch.optim.AdamW(groups)
 
 # %% Adapter k sees rows 8 k .. 8 k + 7, which are the same for all
-owner = torch.arange(8).repeat_interleave(len(ids))
 rows = ids.repeat(8, 1)
+batch = {"input_ids": rows}
 curves = []
 for _ in range(30):
-    each = lf.select(lf.stack(adapters), owner)
-    logits = adapted_forward(model, each, {"input_ids": rows}).logits
+    stacked = lf.stack(adapters)
+    logits = adapted_forward(model, stacked, batch, each=len(ids)).logits
     losses = loss_per_example(logits, rows).reshape(8, -1).mean(1)
     optimizer.zero_grad()
     losses.sum().backward()

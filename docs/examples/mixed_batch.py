@@ -20,12 +20,12 @@ users = lf.stack(
     [adapted_forward.init(model, generator=generator) for _ in steps]
 )
 leaves = {key: leaf.requires_grad_() for key, leaf in users.items()}
-owner = torch.arange(len(steps)).repeat_interleave(16)
+owner = torch.arange(len(steps)).repeat_interleave(16)  # the user of each row
 optimizer = torch.optim.Adam(leaves.values(), lr=1e-2)
 for iteration in range(60):
     ids = counting(len(owner), step=steps[owner], length=8, seed=iteration)
-    params = lf.select(leaves, owner)
-    logits = adapted_forward(model, params, {"input_ids": ids}).logits
+    batch = {"input_ids": ids}
+    logits = adapted_forward(model, leaves, batch, each=16).logits
     optimizer.zero_grad()
     loss_per_example(logits, ids).sum().backward()
     optimizer.step()

@@ -68,7 +68,9 @@ def nats(
     """
     labels = batch["labels"][:, 1:]
     inputs = {name: batch[name].repeat(members, 1) for name in ("input_ids", "attention_mask")}
-    logits = adapter(model, params, inputs).logits[:, :-1]  # [members * rows, T - 1, vocabulary]
+    each = 1 if members == 1 else len(labels)
+    out = adapter(model, params, inputs, each=each)
+    logits = out.logits[:, :-1]  # [members * rows, T - 1, vocabulary]
     given = logits[(labels >= 0).repeat(members, 1)].float()
     wanted = labels[labels >= 0].repeat(members)
     return F.cross_entropy(given, wanted, reduction="none").view(members, -1)

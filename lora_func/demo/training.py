@@ -83,10 +83,7 @@ def of_members(
     """The loss of each token of the answers, `[members, tokens]`, in one pass of the base."""
     if len(members) == 1:
         return nats(adapter, model, members[0], batch)
-    rows, device = batch["input_ids"].shape[0], batch["input_ids"].device
-    owner = torch.arange(len(members), device=device).repeat_interleave(rows)
-    params = lf.select(lf.stack(members), owner)
-    return nats(adapter, model, params, batch, len(members))
+    return nats(adapter, model, lf.stack(members), batch, len(members))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from ..weights.layer import LayerWeight
 from ..weights.parameter import ParameterWeight
 from ..weights.table import read
 from .ahead import prepare_ahead
-from .batch import call_arguments, check_active, check_no_mask
+from .batch import call_arguments, check_active, check_each, check_no_mask
 from .holder import entries_of
 from .keys import SHARED, by_path, key_mismatch
 from .layer import AdaptedLayer, check_bare, overrides
@@ -112,14 +112,16 @@ class Adapter:
         batch: Any = None,
         *,
         active: Tensor | None = None,
+        each: int = 1,
         **unpacked: NoReturn,
     ) -> Any:
         """What the model returns for `batch`, adapted.
 
         A pure function of `params`, differentiable in them and in the batch. A leaf may have one
         leading axis more than its own shape, the example axis (see `population`): then example i
-        of the batch runs through entry i, in the layers that use the leaf. It must be the first
-        axis of what those layers see.
+        of the batch runs through entry i, in the layers that use the leaf. With `each`, example i
+        runs through entry `i // each`. The examples must be the first axis of what those layers
+        see.
 
         Args:
             model: the model that the adapter was made for, or one with the same layers.
@@ -129,11 +131,14 @@ class Adapter:
             active: bool `[batch, tokens]`, on which tokens the adapter acts; None: on all. The
                 others pass the base layers alone, whose keys and values any adapter can then
                 share: aLoRA (Greenewald et al. 2025, arXiv 2504.12397), with any variant.
+            each: how many examples, one after the other, an entry of the example axis serves. The
+                same as `lf.select(params, ids)` with each id repeated so often, without a copy.
 
         Raises:
             LoraFuncError: params with missing or unexpected keys, wrong shapes or integer dtypes;
-                a model without the targets; an example axis that a layer does not see; `active` of
-                another shape than the tokens that a layer sees, or with adapted parameters; a
+                a model without the targets; an example axis that a layer does not see; `each`
+                without an example axis, or with adapted parameters; `active` of another shape
+                than the tokens that a layer sees, or with adapted parameters; a
                 batch that no model takes; activation checkpointing of a kind that loses
                 gradients; a layer that is adapted and never called, because its parent reads its
                 weight; a forward that writes in place to a tensor of the model, which a call
@@ -148,7 +153,7 @@ class Adapter:
                 f"**batch; {listing(unpacked)} were given by name"
             )
         watched = not torch.compiler.is_compiling()
-        return self.run(model, params, batch, active=active, watched=watched)
+        return self.run(model, params, batch, active=active, each=each, watched=watched)
 
     def run(
         self,
@@ -157,6 +162,7 @@ class Adapter:
         batch: Any,
         *,
         active: Tensor | None = None,
+        each: int = 1,
         watched: bool,
     ) -> Any:
         """The same. `watched`: whether to tell of layers that do not run."""
@@ -166,7 +172,7 @@ class Adapter:
         self.check(params)
         if active is not None:
             check_active(active, [path for path, base in self.base.items() if base.tensor])
-        view = self.view(model, params, call=True, active=active)
+        view = self.view(model, params, call=True, active=active, each=each)
         traced = torch.compiler.is_compiling()
         if not traced:
             self._drift.check(model, view.weights(), self.base)
@@ -372,12 +378,16 @@ class Adapter:
         *,
         call: bool,
         active: Tensor | None = None,
+        each: int = 1,
     ) -> View:
         """The view of `model` in which every target carries its part of `params`.
 
-        `call`: for one call. Otherwise the view is kept, and all modules are copied. `active`: on
-        which tokens it acts.
+        `call`: for one call. Otherwise the view is kept, and all modules are copied. `active`,
+        `each`: as for a call.
         """
+        if each != 1:
+            parameters = [path for path, base in self.base.items() if base.tensor]
+            check_each(each, params, self.shapes, parameters)
         adapted: list[AdaptedLayer] = []
 
         def replacing(site: Site) -> Callable[[nn.Module], nn.Module]:
@@ -404,7 +414,7 @@ class Adapter:
         if missing:
             raise LoraFuncError(missing_modules(model, missing))
         for layer in adapted:
-            layer.settle(call, active)
+            layer.settle(call, active, each)
         if call:
             prepare_ahead(adapted)
         for path, n in experts_apart(held).items():

@@ -51,6 +51,30 @@ def check_active(active: Any, parameters: Sequence[str]) -> None:
         )
 
 
+def check_each(
+    each: Any,
+    params: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    parameters: Sequence[str],
+) -> None:
+    """Raises LoraFuncError for what is no number of examples, or has no example axis to go with.
+
+    `parameters`: paths of those that the adapter changes.
+    """
+    if isinstance(each, bool) or not isinstance(each, int) or each < 1:
+        raise LoraFuncError(
+            "each must be the number of examples that an entry of the example axis serves, an "
+            f"integer of at least 1, not {each!r}"
+        )
+    if all(params[key].dim() == len(shape) for key, shape in shapes.items()):
+        raise LoraFuncError(f"each={each} was given, and params have no example axis: see lf.stack")
+    if parameters:
+        raise LoraFuncError(
+            f"each= was given, and the adapter acts on the parameters {listing(parameters)}, "
+            "which do not count examples: write lf.select(params, ids), with an id for each example"
+        )
+
+
 def check_no_mask(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
     """Raises LoraFuncError for `active` among the arguments of a model that has no such argument.
 

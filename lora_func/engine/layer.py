@@ -37,10 +37,11 @@ class AdaptedLayer(StandIn, Holder):
         self.__dict__["_ran"] = self.__dict__["_read"] = False
         self.__dict__["_repeats"] = {}  # rows for each example that are admitted (see binding)
 
-    def settle(self, call: bool, active: Tensor | None) -> None:
+    def settle(self, call: bool, active: Tensor | None, each: int) -> None:
         """Reads the layer, once the view is complete.
 
-        `call`: the view is for one call only. `active`: on which tokens the adapter acts.
+        `call`: the view is for one call only. `active`: on which tokens the adapter acts. `each`:
+        how many examples, one after the other, an entry of the example axis serves.
         """
         trains = torch.is_grad_enabled() and any(
             leaf.requires_grad for leaf in self.leaves().values()
@@ -52,6 +53,7 @@ class AdaptedLayer(StandIn, Holder):
         variant = self._site.variant
         whole = overrides(variant, "fused") and not overrides(variant, "transform_input")
         self.__dict__["_may_fuse"] = whole and active is None
+        self.__dict__["_each"] = each
         self.__dict__["_expects_grad"] = call and trains
         self.__dict__["_kept"] = None
 
@@ -130,9 +132,9 @@ class AdaptedLayer(StandIn, Holder):
         first = next(iter(p.params.values()), x)
         x = accelerate.moved_input(self._modules["layer"], x, first.device)
         if p.own:
-            n = p.params[p.own[0]].shape[0]
+            n = p.params[p.own[0]].shape[0] * self._each
             if x.dim() < 2 or not (x.shape[0] == n or self.generates(x.shape[0], n)):
-                raise LoraFuncError(misplaced(path, tuple(x.shape), n))
+                raise LoraFuncError(misplaced(path, tuple(x.shape), n, self._each))
         return x
 
     def acting(self, x: Tensor) -> Tensor:
@@ -230,7 +232,7 @@ def is_small(x: Tensor, W: Tensor) -> bool:
     return rows * max(W.shape) < SMALL and not torch.cuda.is_current_stream_capturing()
 
 
-def misplaced(path: str, shape: tuple[int, ...], n: int) -> str:
+def misplaced(path: str, shape: tuple[int, ...], n: int, each: int) -> str:
     """The message for an input whose first axis is not that of the examples."""
     message = (
         f"{path!r} sees an input of shape {shape}, whose first axis is not that of the {n} "
@@ -238,11 +240,11 @@ def misplaced(path: str, shape: tuple[int, ...], n: int) -> str:
         "before this layer (time first, tokens flattened, experts). Leave the layer out of the "
         "targets, or give it parameters without the example axis"
     )
-    k, rest = divmod(shape[0], n) if shape and n else (0, 0)
-    if k > 1 and not rest:
+    k, rest = divmod(shape[0], n // each) if shape and n else (0, 0)
+    if k not in (0, each) and not rest:
         message += (
-            f". If each example stands {k} times in the batch, one after the other, repeat its id: "
-            f"lf.select(population, ids.repeat_interleave({k}))"
+            f". If each entry of the parameters is for {k} examples, one after the other, say "
+            f"each={k} instead of each={each}"
         )
     return message
 
