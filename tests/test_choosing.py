@@ -42,7 +42,13 @@ TEXTS = [loss(label, "text") for label in ("delora", "abba", "lora")]
     [
         f"on all linear layers reaches {loss('lora, all linear'):.3f} nats, "
         f"on q and v {loss('lora'):.3f}",
-        f"r=32 gains {below('lora, r=32'):.4f} over r=8",
+        f"LoRA gains {below('lora, r=32'):.4f}, DoRA "
+        f"{below('dora, r=32') - below('dora'):.4f}, and EVA "
+        f"{below('eva, r=32') - below('eva'):.4f}",
+        f"LoRA learns no less than `Full`, {loss('lora, all linear'):.3f} against "
+        f"{loss('full fine-tuning'):.3f}",
+        f"EVA is {below('eva, nf4'):.3f} nats below LoRA, DoRA not separated from it, PiSSA "
+        f"{-below('pissa, nf4'):.3f} above",
         f"of {len(OTHERS) + 1}, {len(BETTER)} beat LoRA on q and v",
         f"at {TIMES:.1f} times the time",
         f"{below('hira'):.3f} and {below('gralora'):.3f} nats below LoRA",
@@ -70,5 +76,6 @@ def test_what_it_says_without_numbers():
         "hira",
     ]
     assert all(0.0065 < below(label) < 0.008 for label in ("eva", "corda", "loraga"))
+    assert ROWS["dora, nf4"]["to lora"][1] < 0 < ROWS["dora, nf4"]["to lora"][2]
     assert at("pissa", 0.000316) < at("lora", 0.000316)
     assert at("pissa", 0.00316) > at("lora", 0.00316)

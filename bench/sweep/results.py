@@ -38,6 +38,13 @@ class Entry:
         return np.array(self.test["problems"])
 
     @property
+    def shown_with(self) -> str:
+        """The set in tables and plots: quantized bases have their own."""
+        about = self.about
+        packed = about["quantization"] != "none"
+        return f"{about['set']}, {about['quantization']}" if packed else about["set"]
+
+    @property
     def label(self) -> str:
         """Its name in tables and plots."""
         about, fields = self.about, self.about["fields"]
@@ -170,7 +177,8 @@ def summary(table: Table) -> dict[str, Any]:
         compared = None if reference is None else difference(entry, reference)
         row = {
             "label": entry.label,
-            **{k: entry.about[k] for k in ("set", "variant", "fields", "layers", "quantization")},
+            **{k: entry.about[k] for k in ("variant", "fields", "layers", "quantization")},
+            "set": entry.shown_with,
             "parameters": entry.about["parameters"],
             "file_bytes": entry.test["file_bytes"],
             "lr": entry.test["lr"],
@@ -241,7 +249,8 @@ def findings(table: Table) -> list[str]:
 def published(table: Table, lora: Entry) -> list[str]:
     """Two claims from elsewhere, at our scale."""
     found = []
-    by_name = {(e.about["variant"], e.about["set"]): e for e in table.entries}
+    plain = [e for e in table.entries if e.about["quantization"] == lora.about["quantization"]]
+    by_name = {(e.about["variant"], e.about["set"]): e for e in plain}
     if pissa := by_name.get(("pissa", "configured")):
         parts = []
         for lr in sorted(lora.curve.keys() & pissa.curve.keys()):
