@@ -260,18 +260,69 @@ def view(kind: str) -> str:
 
 
 def decode(kind: str) -> str:
-    """A decoded token through a bound view, over the base's."""
+    """A decoded token through a bound view, over the base's, and captured over captured."""
     result, ran_on = read(f"decode-{kind}")
-    s = result["settings"]
+    s, rows = result["settings"], result["rows"]
+    graph = "captured over captured base" in rows[0]
     cells: dict[str, list[str]] = {}
-    rows = result["rows"]
     for row in rows:
-        cells.setdefault(row["variant"], []).append(f"{row['time over base']:.2f}")
+        own = [row["time over base"], *([row["captured over captured base"]] if graph else [])]
+        cells.setdefault(row["variant"], []).append(" / ".join(f"{x:.2f}" for x in own))
     counts = {(row["targets"], row["layers"], row["batch"], row["adapters"]): 0 for row in rows}
     headers = [f"{on} ({layers}): {n} x {k}" for on, layers, n, k in counts]
-    table = markdown([[name, *own] for name, own in cells.items()], ["time / base", *headers])
-    about = f"Sequences x adapters, {s['layers']} layers, after {s['prompt']} tokens, float32"
-    return f"{table}\n\n{about}, r={s['r']}; threads: {s['threads']}. {ran_on}."
+    first = "eager / captured" if graph else "time / base"
+    table = markdown([[name, *own] for name, own in cells.items()], [first, *headers])
+    dtype = "bfloat16" if graph else f"float32, threads: {s['threads']}"
+    about = f"Sequences x adapters, {s['layers']} layers, after {s['prompt']} tokens, r={s['r']}"
+    return f"{table}\n\n{about}, {dtype}. {ran_on}."
+
+
+def speed(kind: str) -> str:
+    """A training step in the shapes of real models, in each way that it can run."""
+    result, ran_on = read(f"speed-{kind}")
+    who = ["ours", "apart", "torch.func.grad", "peft"]
+    rows = []
+    for row in result["rows"]:
+        times, peaks = row["over base"], row["mebibytes"]
+        setting = f"{row['shape']}, {row['layers']} layers, {row['batch']} x {row['tokens']}"
+        memory = [
+            f"{(peaks[name] - peaks['base']) / 1024:.1f}"
+            if name in peaks and row["way"] != "graph"
+            else "-"
+            for name in ("ours", "peft")
+        ]
+        failed = {name: "out of memory" for name in row["errors"] if name == "peft"}
+        rows.append(
+            [
+                setting,
+                row["way"],
+                f"{row['variant']}, {row['targets']}",
+                f"{row['milliseconds']['base']:.0f}",
+                *(f"{times[n]:.2f}" if n in times else failed.get(n, "-") for n in who),
+                *memory,
+            ]
+        )
+    headers = ["model and batch", "way", "variant", "base, ms", "ours", "ours, apart", "ours, grad"]
+    table = markdown(rows, [*headers, "PEFT", "GiB over base", "PEFT: GiB"])
+    return f"{table}\n\nTimes over the base's; {result['settings']['dtype']}, r=32. {ran_on}."
+
+
+def kernels(kind: str) -> str:
+    """What the steps ask of the GPU."""
+    result, ran_on = read(f"kernels-{kind}")
+    rows, shown = [], {"ours": "ours", "apart": "ours, apart"}
+    for row in result["rows"]:
+        numbers = [f"{row[name]:.1f}" for name in ("milliseconds", "cpu", "wall")]
+        who = f"{row['variant']}, {shown[row['who']]}" if row["who"] in shown else "base"
+        model = f"{row['shape']}, {row['layers']} layers"
+        rows.append([model, row["way"], who, f"{row['kernels']:,}", *numbers])
+    rows = [
+        row
+        for i, row in enumerate(rows)
+        if row[2] != "base" or row[:3] not in [r[:3] for r in rows[:i]]
+    ]
+    headers = ["model", "way", "step", "kernels", "they run for, ms", "CPU, ms", "step, ms"]
+    return f"{markdown(rows, headers)}\n\nAll linear layers, bfloat16, r=32. {ran_on}."
 
 
 def functional() -> str:
@@ -658,6 +709,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "population-cpu": lambda: population("cpu"),
     "population-h100": lambda: population("h100"),
     "multilora-cpu": lambda: multilora("cpu"),
+    "speed-h200": lambda: speed("h200"),
+    "kernels-h200": lambda: kernels("h200"),
+    "decode-h200": lambda: decode("h200"),
     "multilora-h200": lambda: multilora("h200"),
 }
 
