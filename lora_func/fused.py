@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .libraries.functorch import own_tensor
-from .linalg import cast
+from .linalg import cast, low_rank_update
 
 
 def low_rank_linear(  # noqa: PLR0917  (the names of the formula)
@@ -26,12 +26,15 @@ def low_rank_linear(  # noqa: PLR0917  (the names of the formula)
     which is that of W. Examples may have factors of their own, with an axis n in front; then x is
     `[n, rows, i]`. Kept for backward: x and the `[.., r]` intermediate.
 
-    For eager autograd of any order, not for torch.func. `linalg.low_rank_update` is its oracle.
+    For eager autograd of any order, not for torch.func. `linalg.low_rank_update` is its oracle, and
+    is what runs for a frozen A: it need not keep x then.
     """
     A, B = cast(A, x.dtype), cast(B, x.dtype)
-    if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
-        return LowRankLinear.apply(x, W, b, A, B, scale)
-    return forward(x, W, b, A, B, scale)[0]
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, A, B))):
+        return forward(x, W, b, A, B, scale)[0]
+    if not A.requires_grad:
+        return low_rank_update(F.linear(x, W, b), x, A, B, scale)
+    return LowRankLinear.apply(x, W, b, A, B, scale)
 
 
 def forward(  # noqa: PLR0917  (as above)
@@ -57,7 +60,7 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad):  # pyright: ignore
         x, W, A, B, h = ctx.saved_tensors
-        needs_x, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
+        needs_x, _, _, _, needs_B, _ = ctx.needs_input_grad
         again = torch.is_grad_enabled()  # with create_graph: all that follows is differentiated
         g, X = rows(grad, A, B), rows(x, A, B)
         if again:
@@ -70,7 +73,7 @@ class LowRankLinear(torch.autograd.Function):
                 gx = gx + (gh @ A).view_as(gx)
             else:
                 add_product(rows(gx, A, B), gh, A, 1.0)
-        gA = over(gh, X, A) if needs_A else None
+        gA = over(gh, X, A)
         gB = over(g, h, B, ctx.scale) if needs_B else None
         return gx, None, None, gA, gB, None
 

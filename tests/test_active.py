@@ -21,10 +21,12 @@ EVERYWHERE = torch.ones_like(LATE)
 
 @pytest.mark.parametrize("variant", catalogue().values(), ids=catalogue().keys())
 def test_all_and_none(variant):
-    """On all tokens it is the adapter, on none the base, to the bit."""
+    """On all tokens it is the adapter, on none the base to the bit."""
     model, adapter, params = adapted(variant)
     wanted = adapter(model, params, IDS).logits
-    assert torch.equal(adapter(model, params, IDS, active=EVERYWHERE).logits, wanted)
+    # Without `active`, a layer may run fused with its update, which rounds elsewhere.
+    everywhere = adapter(model, params, IDS, active=EVERYWHERE).logits
+    torch.testing.assert_close(everywhere, wanted, rtol=0, atol=1e-6)
     assert torch.equal(adapter(model, params, IDS, active=~EVERYWHERE).logits, model(IDS).logits)
 
 

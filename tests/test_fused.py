@@ -56,6 +56,23 @@ def test_inputs_of_any_layout():
         torch.testing.assert_close(gx, grad @ full)
 
 
+def test_a_frozen_A_needs_no_input():
+    """Nothing of the size of the input is kept, and the derivatives are there."""
+    W, A, B = torch.randn(4, 500), torch.randn(2, 500), leaf(4, 2, dtype=torch.float32)
+    x, kept = leaf(50, 500, dtype=torch.float32), []
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = low_rank_linear(x, W, None, A, B)
+    assert all(t.numel() < x.numel() for t in kept)
+    gx, gB = torch.autograd.grad(out.sum(), (x, B))
+    torch.testing.assert_close(gx, torch.ones(50, 4) @ (W + B @ A))
+    torch.testing.assert_close(gB, torch.ones(50, 4).mT @ (x @ A.mT))
+
+
 class Spied(lf.LoRA):
     """A LoRA that notes when its fused form runs."""
 
@@ -132,6 +149,20 @@ def test_where_it_does_not_run():
     adapter, params = lf.adapt(other, Spied(r=4), targets=ALL)
     assert not runs_fused(lambda: adapter(other, params, x))
     assert torch.equal(adapter(other, params, x), other(x))
+
+
+@pytest.mark.parametrize("variant", [lf.LoRAXS(r=4), lf.TinyLoRA(r=4), lf.LoRA(r=4)], ids=repr)
+def test_rounding_makes_no_constant_require_grad(variant):
+    """Else a frozen A would cost its input in memory."""
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8)).to(torch.bfloat16)
+    adapter, params = lf.adapt(model, variant, targets=ALL)
+    params = {key: t.requires_grad_() for key, t in params.items()}
+    view = adapter.view(model, params, call=True)
+    for layer in view.layers:
+        prepared = layer.entries(torch.bfloat16).params
+        assert {t.dtype for t in prepared.values()} == {torch.bfloat16}
+        assert prepared["B"].requires_grad
+        assert prepared["A"].requires_grad == ("A" in layer.leaves())
 
 
 @pytest.mark.parametrize("variant", [lf.LoRA(r=4), lf.DoRA(r=4), lf.PiSSA(r=4)], ids=repr)

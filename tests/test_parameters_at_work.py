@@ -261,7 +261,7 @@ def test_a_merged_model_is_saved_and_loaded(tmp_path, dtype):
     merged.save_pretrained(tmp_path)
     again = MixtralForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
     out, given = logits(adapter, model, params), again(input_ids=IDS, use_cache=False).logits
-    tolerance = {} if dtype == torch.float32 else {"rtol": 0, "atol": 0.05}  # of logits up to 2
+    tolerance = {} if dtype == torch.float32 else {"rtol": 0, "atol": 0.08}  # of logits up to 2
     torch.testing.assert_close(given, out, **tolerance)
     assert not torch.allclose(given, model(input_ids=IDS).logits, rtol=0, atol=0.1)
 

@@ -20,6 +20,7 @@ def prepare_ahead(layers: Sequence[AdaptedLayer]) -> None:
     small ones would run before the model has its first.
     """
     together = not (in_transform() or torch.compiler.is_compiling())
+    # Constants apart from leaves: of one function, all outputs would require grad.
     waiting: dict[Any, list[tuple[dict[str, Tensor], str]]] = defaultdict(list)
     for layer in layers:
         entries, dtype = layer.prepare_ahead(together)
@@ -27,8 +28,8 @@ def prepare_ahead(layers: Sequence[AdaptedLayer]) -> None:
             continue
         for name, t in entries.params.items():
             if t.dtype != dtype and t.is_floating_point():
-                waiting[t.device, t.dtype, dtype].append((entries.params, name))
-    for (_, _, dtype), places in waiting.items():
+                waiting[t.device, t.dtype, t.requires_grad, dtype].append((entries.params, name))
+    for (*_, dtype), places in waiting.items():
         rounded = RoundTogether.apply(dtype, *(params[name] for params, name in places))
         for (params, name), t in zip(places, rounded):
             params[name] = t
