@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from models import text_batch, tiny_llama
@@ -55,7 +57,7 @@ def test_each_call_is_one_eager_step(device, variant):
     for i, batch in enumerate(data):
         expected, found = eager.step(batch), captured(batch)
         exact = i < 3 or device == "cpu"  # in a recording, cuBLAS may choose other kernels
-        close = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 1e-6}
+        close: dict[str, Any] = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 1e-6}
         torch.testing.assert_close(found["loss"], expected["loss"].detach(), **close)
         assert not found["loss"].requires_grad
         assert found["tokens"] == expected["tokens"]

@@ -17,7 +17,7 @@ import lora_func as lf
 
 inner_rate, outer_rate, tasks = 10.0, 1e-2, 8
 model = language_model(attn_implementation="eager")
-# A sequence of one token has nothing to attend to: queries and keys are left out.
+# One token has nothing to attend to: queries and keys are left out.
 adapted_forward, params = lf.adapt(
     model,
     lf.LoRA(r=4),
