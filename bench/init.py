@@ -42,6 +42,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     "pissa": ("pissa", {}, {}),
     "milora": ("milora", {}, None),
     "ssvd": ("ssvd", {}, None),
+    "corda, niter=4": ("corda", {"svd": "randomized", "niter": 4}, None),
     "corda": ("corda", {}, {"init": "corda"}),
 }
 """Name -> the variant, its fields, and those of PEFT's config where it has the method."""

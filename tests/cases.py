@@ -213,6 +213,9 @@ CASES = {
     "olora": Case(lf.OLoRA, fitting, products=2, peft=Peft(anchors=ANCHORS)),
     "corda": Case(lf.CorDA, fitting, products=2, **data),
     "corda-kpm": Case(lambda r: lf.CorDA(r=r, mode="kpm"), fitting, **data, **second),
+    "corda-randomized": Case(
+        lambda r: lf.CorDA(r=r, svd="randomized", alpha=5.0), fitting, **data, **second
+    ),
     "loraga": Case(lf.LoRAGA, up_to(lambda o, i: min(o, i) // 2), smallest=2, products=2, **data),
     "loraga-random": Case(
         lambda r: lf.LoRAGA(r=r, direction="random", start_scale="weight_svd", rslora=True),

@@ -652,3 +652,20 @@ def test_other_adapters_learn_at_one_rate(tmp_path):
     for make in (lf.LoRA, lf.EVA):
         with pytest.raises(lf.LoraFuncError, match="lr_ratio must be a finite number above 0"):
             make(lr_ratio=0.0)
+
+
+def test_a_randomized_corda_is_near_the_exact_one():
+    """Of a weight whose spectrum decays. The smallest triplets have no such sketch."""
+    generator = torch.Generator().manual_seed(0)
+    n, r = 96, 8
+    Q, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    weight = lf.Weight(Q * torch.arange(1, n + 1) ** -1.0)
+    stats = stats_for(lf.CorDA(r=r), weight)
+    exact, near = (
+        lf.CorDA(r=r, svd=svd).init(weight, torch.Generator().manual_seed(1), stats).trainable
+        for svd in ("exact", "randomized")
+    )
+    product, close = (leaves["B"] @ leaves["A"] for leaves in (exact, near))
+    assert (product - close).norm() < 0.02 * product.norm()
+    with pytest.raises(lf.LoraFuncError, match="svd"):
+        lf.CorDA(r=r, mode="kpm", svd="randomized")

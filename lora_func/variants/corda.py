@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 
 from ..card import Card, Peft
-from ..checks import check_choice, check_fits, needs_data
+from ..checks import check_choice, check_fits, check_rank, needs_data
+from ..linalg import top_svd
 from ..statistics import InputMoments
 from ._low_rank import Anchored
 
@@ -50,10 +51,17 @@ class CorDA(Anchored):
     mode: str = "ipm"
     """Which triplets of W C are taken: "ipm" (instruction-previewed), the r largest, which carry
     the data; "kpm" (knowledge-preserved), the r smallest."""
+    svd: str = "exact"
+    """How W C is decomposed: "exact", or "randomized" for "ipm", which is much faster for a small r
+    on a large layer."""
+    niter: int = 4
+    """Power iterations of the randomized SVD, at least 1; unused by the exact one."""
 
     def __post_init__(self):
         super().__post_init__()
         check_choice(self, "mode", ("ipm", "kpm"))
+        check_choice(self, "svd", ("exact", "randomized") if self.mode == "ipm" else ("exact",))
+        check_rank(self, "niter")
 
     @property
     def statistic(self):
@@ -65,7 +73,9 @@ class CorDA(Anchored):
         check_fits(self, weight.shape)
         C = stats.about(0).double()  # float64, because its inverse undoes it
         C = C + DAMPING * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
-        U, S, V = torch.linalg.svd(weight.dense().double() @ C, full_matrices=False)
+        most = len(C) if self.mode == "kpm" else self.r
+        niter = self.niter if self.svd == "randomized" else None
+        U, S, V = top_svd(weight.dense().double() @ C, most, niter, generator)
         part = slice(0, self.r) if self.mode == "ipm" else slice(-self.r, None)
         root = (S[part] / self.scale).sqrt()  # [r]
         A0 = torch.linalg.solve(C, V[part], left=False) * root[:, None]  # V C⁻¹
