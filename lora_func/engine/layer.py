@@ -225,11 +225,15 @@ saves kernels' time, and costs Python's. On an H200, 2048 x 3072 took longer, an
 
 
 def is_small(x: Tensor, W: Tensor) -> bool:
-    """Whether a GPU would compute a training step of a layer faster than its CPU can ask for it."""
-    if not (x.is_cuda and torch.is_grad_enabled()):
+    """Whether a GPU would compute a training step of a layer faster than its CPU can ask for it.
+
+    On the device "meta", which counts for a GPU, as there.
+    """
+    if x.device.type not in ("cuda", "meta") or not torch.is_grad_enabled():
         return False
     rows = x.numel() // max(x.shape[-1], 1)
-    return rows * max(W.shape) < SMALL and not torch.cuda.is_current_stream_capturing()
+    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return rows * max(W.shape) < SMALL and not captured
 
 
 def misplaced(path: str, shape: tuple[int, ...], n: int, each: int) -> str:
