@@ -24,15 +24,15 @@ def low_rank_linear(  # noqa: PLR0917  (the names of the formula)
 
     `x [.., i]`, `W [o, i]`, `b [o]`, `A [r, i]`, `B [o, r]`; A and B are cast to the dtype of x,
     which is that of W. Examples may have factors of their own, with an axis n in front; then x is
-    `[n, rows, i]`. Kept for backward: x and the `[.., r]` intermediate.
+    `[n, rows, i]`. Kept for backward: x if A requires grad, the `[.., r]` intermediate if B does.
 
     For eager autograd of any order, not for torch.func. `linalg.low_rank_update` is its oracle, and
-    is what runs for a frozen A: it need not keep x then.
+    is what runs if B alone requires grad: second derivatives then need not x.
     """
     A, B = cast(A, x.dtype), cast(B, x.dtype)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, A, B))):
         return forward(x, W, b, A, B, scale)[0]
-    if not A.requires_grad:
+    if B.requires_grad and not A.requires_grad:
         return low_rank_update(F.linear(x, W, b), x, A, B, scale)
     return LowRankLinear.apply(x, W, b, A, B, scale)
 
@@ -53,18 +53,20 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, W, b, A, B, scale):  # noqa: PLR0917  # pyright: ignore
         y, h = forward(x, W, b, A, B, scale)
-        ctx.save_for_backward(x, W, A, B, h)
+        _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_A else None, W, A, B, h if needs_B else None)
         ctx.scale = scale
         return y
 
     @staticmethod
     def backward(ctx: Any, grad):  # pyright: ignore
         x, W, A, B, h = ctx.saved_tensors
-        needs_x, _, _, _, needs_B, _ = ctx.needs_input_grad
+        needs_x, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         again = torch.is_grad_enabled()  # with create_graph: all that follows is differentiated
-        g, X = rows(grad, A, B), rows(x, A, B)
-        if again:
-            h = X @ A.mT
+        g = rows(grad, A, B)
+        X = rows(x, A, B) if needs_A else None
+        if again and needs_B:
+            h = X @ A.mT  # A requires grad, too
         gh = product(g, B, ctx.scale)  # [.., r]
         gx = None
         if needs_x:
@@ -73,7 +75,7 @@ class LowRankLinear(torch.autograd.Function):
                 gx = gx + (gh @ A).view_as(gx)
             else:
                 add_product(rows(gx, A, B), gh, A, 1.0)
-        gA = over(gh, X, A)
+        gA = over(gh, X, A) if needs_A else None
         gB = over(g, h, B, ctx.scale) if needs_B else None
         return gx, None, None, gA, gB, None
 

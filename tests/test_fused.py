@@ -73,6 +73,26 @@ def test_a_frozen_A_needs_no_input():
     torch.testing.assert_close(gB, torch.ones(50, 4).mT @ (x @ A.mT))
 
 
+@pytest.mark.parametrize("frozen", ["B", "AB"])
+def test_frozen_factors(frozen):
+    """What is left has its derivatives of both orders, and only what they need is kept."""
+    torch.manual_seed(0)
+    W, A, B, x = torch.randn(4, 5).double(), leaf(3, 5), leaf(4, 3), leaf(7, 5)
+    A, B = (t.detach() if name in frozen else t for name, t in (("A", A), ("B", B)))
+    point = [t for t in (x, A, B) if t.requires_grad]
+    kept = []
+
+    def f(*point: Tensor) -> Tensor:
+        return low_rank_linear(point[0], W, None, point[1] if len(point) > 1 else A, B)
+
+    assert torch.autograd.gradcheck(f, point)
+    assert torch.autograd.gradgradcheck(f, point)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda t: t):
+        f(*point)
+    assert (x.shape in kept) == ("A" not in frozen)
+    assert (7, 3) not in kept
+
+
 class Spied(lf.LoRA):
     """A LoRA that notes when its fused form runs."""
 
