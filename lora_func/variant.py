@@ -329,10 +329,13 @@ class Variant(abc.ABC, metaclass=VariantType):
     def fused(self, x: Tensor, W: Tensor, b: Tensor | None, params: dict[str, Tensor]) -> Tensor:
         """`apply` of the output of a plain linear layer, with the product of that layer inside.
 
-        Optional: for a form that takes less time or memory than `F.linear(x, W, b)` and `apply`,
-        as `fused.low_rank_linear` does. The engine takes it where the layer is an `nn.Linear`
-        without hooks, in eager mode and outside of torch.func. `params` are prepared, and W and b
-        do not require grad. A subclass that overrides `apply` or `transform_input` says it anew.
+        `x [.., d_in]`, `W [d_out, d_in]` and `b [d_out]` or None have one dtype, and so has the
+        result `[.., d_out]`. `params` are prepared, and W and b do not require grad.
+
+        Optional: for a form that takes less time or memory than `F.linear(x, W, b)` and `apply`, as
+        `fused.low_rank_linear` does. The engine takes it where the layer is an `nn.Linear` without
+        hooks, in eager mode and outside of torch.func. A subclass that overrides `apply` or
+        `transform_input` says it anew.
         """
         raise NotImplementedError  # the engine asks only those that override it
 

@@ -184,6 +184,29 @@ def test_where_it_does_not_run():
     assert torch.equal(adapter(other, params, x), other(x))
 
 
+def test_a_forward_that_a_library_put_on_every_linear_layer(monkeypatch):
+    """It runs, and is not skipped in silence."""
+    model, adapter, params, x = setting()
+    plain = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * plain(self, x))
+    assert not runs_fused(lambda: adapter(model, params, x))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_tensor_that_is_no_parameter(name):
+    """A layer whose weight or bias another network computes: its gradient flows, as without."""
+    model = nn.Sequential(nn.Linear(8, 12))
+    made = getattr(model[0], name).detach().clone().requires_grad_()
+    delattr(model[0], name)
+    setattr(model[0], name, made)
+    adapter, params = lf.adapt(model, Spied(r=4), targets=ALL)
+    x = torch.randn(3, 8)
+    out = adapter(model, params, x)
+    torch.testing.assert_close(out, model(x))
+    (grad,) = torch.autograd.grad(out.sum(), made)
+    assert grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("variant", [lf.LoRAXS(r=4), lf.TinyLoRA(r=4), lf.LoRA(r=4)], ids=repr)
 def test_rounding_makes_no_constant_require_grad(variant):
     """Else a frozen A would cost its input in memory."""

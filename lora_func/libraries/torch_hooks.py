@@ -195,14 +195,23 @@ def is_stateless(module: nn.Module) -> bool:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether to call a module is to compute `F.linear(x, module.weight, module.bias)`, no more."""
+    """Whether to call a module is to compute `F.linear` with its two parameters, and no more.
+
+    Not so with hooks, with a weight or bias that is another attribute than a parameter, and where a
+    library has put its own `forward` on the module or on nn.Linear itself.
+    """
     own = type(module) is nn.Linear and "forward" not in module.__dict__
-    return own and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or any(GLOBAL_HOOKS)
+    own = own and nn.Linear.forward.__module__ == nn.Linear.__module__
+    return (
+        own
+        and module._parameters.keys() >= {"weight", "bias"}
+        and not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or any(GLOBAL_HOOKS)
+        )
     )
 
 
