@@ -80,6 +80,7 @@ class Captured:
         return [leaf for _, leaf in given]
 
     def on_cpu(self, batch: Any) -> Any:
+        """An eager step. Raises LoraFuncError if it ran on a GPU, which would not be captured."""
         outputs = self.step(batch)
         for path, leaf in pytree.tree_flatten_with_path(outputs)[0]:
             if isinstance(leaf, Tensor) and leaf.device.type == "cuda":

@@ -87,7 +87,12 @@ def test_frozen_factors(frozen):
 
     assert torch.autograd.gradcheck(f, point)
     assert torch.autograd.gradgradcheck(f, point)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda t: t):
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append(t.shape)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         f(*point)
     assert (x.shape in kept) == ("A" not in frozen)
     assert (7, 3) not in kept

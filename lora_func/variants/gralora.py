@@ -22,7 +22,7 @@ import torch
 from ..card import Card, Peft
 from ..checks import check_positive, check_rank
 from ..errors import LoraFuncError
-from ..linalg import kaiming, low_rank_update
+from ..linalg import kaiming, low_rank_update, times
 from ..variant import Params
 from ._blocks import check_divides
 from ._low_rank import Product
@@ -92,7 +92,7 @@ class GraLoRA(Product):
         return Params(leaves)
 
     def prepare(self, weight, params, dtype):
-        scaled = {n: self.scale * leaf for n, leaf in params.items() if n[0] == "B"}
+        scaled = {n: times(self.scale, leaf) for n, leaf in params.items() if n[0] == "B"}
         return {name: leaf.to(dtype) for name, leaf in {**params, **scaled}.items()}
 
     def apply(self, x, base_out, weight, params):

@@ -71,7 +71,7 @@ class LoRA(TwoFactors):
         return Params(leaves)
 
     def prepare(self, weight, params, dtype):
-        p = {"A": params["A"].to(dtype), "B": params["B"].to(dtype)}
+        p = super().prepare(weight, params, dtype)
         return {**p, "b": (self.scale * params["b"]).to(dtype)} if self.add_bias else p
 
     def apply(self, x, base_out, weight, params):
