@@ -64,9 +64,8 @@ class LowRankLinear(torch.autograd.Function):
         needs_x, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         again = torch.is_grad_enabled()  # with create_graph: all that follows is differentiated
         g = rows(grad, A, B)
-        X = rows(x, A, B) if needs_A else None
         if again and needs_B:
-            h = X @ A.mT  # A requires grad, too
+            h = rows(x, A, B) @ A.mT  # x is there: A requires grad, too
         gh = product(g, B, ctx.scale)  # [.., r]
         gx = None
         if needs_x:
@@ -75,7 +74,7 @@ class LowRankLinear(torch.autograd.Function):
                 gx = gx + (gh @ A).view_as(gx)
             else:
                 add_product(rows(gx, A, B), gh, A, 1.0)
-        gA = over(gh, X, A) if needs_A else None
+        gA = over(gh, rows(x, A, B), A) if needs_A else None
         gB = over(g, h, B, ctx.scale) if needs_B else None
         return gx, None, None, gA, gB, None
 
