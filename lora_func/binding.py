@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .engine.adapter import Adapter, check_order
+from .engine.ahead import prepare_ahead
 from .engine.batch import check_no_mask
 from .engine.holder import Holder, is_parameter
 from .engine.keys import key_mismatch
@@ -23,6 +24,8 @@ from .engine.view import twin
 from .errors import LoraFuncError
 from .files.save import save
 from .libraries import transformers
+from .libraries.functorch import in_transform
+from .precision import no_inference_mode
 from .variant import Weight
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -88,8 +91,10 @@ class Face:
         self.layers = view.layers
         self.tensors = view.tensors
         self.repeats: dict[int, int] = {}  # thread -> rows for each prompt while it generates
+        self.running: set[int] = set()  # threads in which a forward runs
         for layer in self.layers:
             layer.__dict__["_repeats"] = self.repeats
+            layer.__dict__["_running"] = self.running
 
     def attach(self, model: nn.Module) -> None:
         """Replaces the view's own methods by these."""
@@ -98,8 +103,7 @@ class Face:
         self.drift = self.adapter._drift
         self.view.register_forward_pre_hook(self.starting, with_kwargs=True)
         self.view.register_forward_hook(self.forwarded)
-        if self.tensors:
-            self.view.register_forward_hook(self.ended, always_call=True)
+        self.view.register_forward_hook(self.ended, always_call=True)
         own: dict[str, Callable[..., Any]] = {
             "state_dict": self.state_dict,
             "_load_from_state_dict": self.load,
@@ -167,11 +171,17 @@ class Face:
             self.watch.begin(self.view.training)
         for tensor in self.tensors:
             tensor.begin()
+        if not (torch.compiler.is_compiling() or in_transform()):
+            with no_inference_mode():
+                prepare_ahead([layer for layer in self.layers if layer.stale()])
+            self.running.add(threading.get_ident())
 
     def ended(self, *_: Any) -> None:
         """After a forward, whether or not it raised."""
         for tensor in self.tensors:
             tensor.end()
+        if not torch.compiler.is_compiling():
+            self.running.discard(threading.get_ident())
 
     def weights(self) -> dict[str, tuple[Tensor | None, Weight]]:
         """Path of a target -> the base's tensor, and its `Weight`."""

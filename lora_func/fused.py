@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .libraries.functorch import own_tensor
+from .libraries.functorch import applied, own_tensor
 from .linalg import cast, low_rank_update
 
 
@@ -34,7 +34,7 @@ def low_rank_linear(  # noqa: PLR0917  (the names of the formula)
         return forward(x, W, b, A, B, scale)[0]
     if B.requires_grad and not A.requires_grad:
         return low_rank_update(F.linear(x, W, b), x, A, B, scale)
-    return LowRankLinear.apply(x, W, b, A, B, scale)
+    return applied(LowRankLinear, x, W, b, A, B, scale)
 
 
 def forward(  # noqa: PLR0917  (as above)
@@ -42,8 +42,12 @@ def forward(  # noqa: PLR0917  (as above)
 ) -> tuple[Tensor, Tensor]:
     """The output, and `h = x Aᵀ`."""
     y = own_tensor(F.linear(x, W, b).contiguous())  # it is, unless x has a layout of its own
-    h = rows(x, A, B) @ A.mT
-    add_product(rows(y, A, B), h, B.mT, scale)
+    if A.dim() == 3 or B.dim() == 3:
+        h = x @ A.mT
+        add_product(y, h, B.mT, scale)
+        return y, h
+    h = F.linear(x, A)
+    add_product(y.view(-1, y.shape[-1]), h.view(-1, h.shape[-1]), B.t(), scale)
     return y, h
 
 
@@ -68,6 +72,7 @@ class LowRankLinear(torch.autograd.Function):
             h = rows(x, A, B) @ A.mT  # x is there: A requires grad, too
         gh = product(g, B, ctx.scale)  # [.., r]
         gx = None
+        h = None if h is None else rows(h, A, B)
         if needs_x:
             gx = grad.matmul(W).contiguous()
             if again:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -29,6 +29,16 @@ def autocast_off(device: torch.device) -> contextlib.AbstractContextManager[obje
     if autocast_on(device):
         return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def no_inference_mode() -> Iterator[None]:
+    """Switches inference mode off, but not gradients on: its tensors are of no use outside of it."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:

@@ -117,6 +117,11 @@ class Weight:
         """The device where the layer computes, and where its parameters belong."""
         return self.matrix.device
 
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """The dtype that the input of the layer has, most likely; None if there is no telling."""
+        return self.matrix.dtype
+
     def __call__(self, z: Tensor) -> Tensor:
         """`z Wᵀ` without the bias, `[.., d_in] -> [.., d_out]`.
 
@@ -225,6 +230,12 @@ class Variant(abc.ABC, metaclass=VariantType):
     Then the engine rounds those of all layers in one kernel. A subclass that overrides
     `prepare` says it anew: False, unless it says True.
     """
+    prepares_together: ClassVar[bool] = False
+    """Whether `prepare` runs once for all equal layers, under vmap over them.
+
+    Worth it if it does more than casts. Of the weight, it may then use `weight(z)`, its bias, shape
+    and device. A subclass that overrides `prepare` says it anew: False, unless it says True.
+    """
 
     @classmethod
     def name(cls) -> str:
@@ -261,8 +272,10 @@ class Variant(abc.ABC, metaclass=VariantType):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         own = vars(cls)
-        if "prepare" in own and "rounds_last" not in own:
-            cls.rounds_last = False
+        if "prepare" in own:
+            for promise in ("rounds_last", "prepares_together"):
+                if promise not in own:
+                    setattr(cls, promise, False)
         if "apply" in own or "transform_input" in own:
             # What a base class says of its own functions may not hold for others.
             if "broadcasts" not in own:

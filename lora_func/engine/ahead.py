@@ -9,28 +9,67 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..libraries.functorch import copy_together, in_transform
+from ..libraries.functorch import applied, copy_together, in_transform
+from .examples import Entries
 from .layer import AdaptedLayer
+from .together import fitting, kind_of, prepare_together
 
 
 def prepare_ahead(layers: Sequence[AdaptedLayer]) -> None:
     """Gives each layer its prepared parameters for the whole call.
 
-    One kernel rounds those of all layers to the dtype of their inputs. Layer by layer, hundreds of
-    small ones would run before the model has its first.
+    Equal layers prepare together, if their variant says so. And one kernel rounds the parameters of
+    all others to the dtype of their inputs. Layer by layer, hundreds of small ones would run before
+    the model has its first.
     """
-    together = not (in_transform() or torch.compiler.is_compiling())
+    eager = not torch.compiler.is_compiling()
+    groups: dict[Any, list[tuple[AdaptedLayer, Entries]]] = defaultdict(list)
+    alone: list[tuple[AdaptedLayer, torch.dtype | None]] = []
+    for layer in layers:
+        dtype, variant, shared = layer.dtype_ahead(), layer._site.variant, layer._site.shared
+        if dtype is not None and eager and variant.prepares_together:
+            entries = layer.plain()
+            kind = kind_of(layer._weight, entries, shared)
+            groups[variant, dtype, shared, kind].append((layer, entries))
+        else:
+            alone.append((layer, dtype))
+    for (variant, dtype, shared, _), group in groups.items():
+        size = fitting(group[0][1], shared)
+        for i in range(0, len(group), size):
+            members, entries = zip(*group[i : i + size])
+            if len(members) == 1:
+                alone.append((members[0], dtype))
+                continue
+            weights = [layer._weight for layer in members]
+            made = prepare_together(variant, weights, entries, shared, dtype)
+            for layer, prepared in zip(members, made):
+                layer.take(prepared)
+    prepare_alone(alone, together=eager and not in_transform())
+
+
+def prepare_alone(
+    layers: Sequence[tuple[AdaptedLayer, torch.dtype | None]], together: bool
+) -> None:
+    """Each layer prepares its parameters. `together`: all of them are rounded by one kernel."""
     # Constants apart from leaves: of one function, all outputs would require grad.
     waiting: dict[Any, list[tuple[dict[str, Tensor], str]]] = defaultdict(list)
-    for layer in layers:
-        entries, dtype = layer.prepare_ahead(together)
+    for layer, dtype in layers:
         if dtype is None:
+            layer.take(layer.plain())
             continue
-        for name, t in entries.params.items():
+        if not (together and layer._site.variant.rounds_last):
+            layer.take(layer.prepare_for(dtype))
+            continue
+        wide = dtype
+        for leaf in layer.leaves().values():
+            wide = wide if leaf.dtype == wide else torch.promote_types(wide, leaf.dtype)
+        params, own, _ = layer.prepare_for(wide)
+        layer.take(Entries(params, own, dtype))
+        for name, t in params.items():
             if t.dtype != dtype and t.is_floating_point():
-                waiting[t.device, t.dtype, t.requires_grad, dtype].append((entries.params, name))
+                waiting[t.device, t.dtype, t.requires_grad, dtype].append((params, name))
     for (*_, dtype), places in waiting.items():
-        rounded = RoundTogether.apply(dtype, *(params[name] for params, name in places))
+        rounded = applied(RoundTogether, dtype, *(params[name] for params, name in places))
         for (params, name), t in zip(places, rounded):
             params[name] = t
 

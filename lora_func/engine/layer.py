@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,9 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import LoraFuncError
 from ..libraries import accelerate
-from ..libraries.functorch import in_transform
+from ..libraries.functorch import in_backward, in_transform
 from ..libraries.torch_hooks import is_plain_linear
-from ..precision import autocast_on
+from ..precision import autocast_on, no_inference_mode
 from ..variant import Prepared, Variant
 from ..weights.table import weight_of
 from .examples import Entries, each, prepare
@@ -34,6 +36,10 @@ class AdaptedLayer(StandIn, Holder):
         check_bare(layer, site.path)
         super().__init__(layer)
         self.hold(site, params, keep)
+        self.__dict__["_bound"] = keep
+        self.__dict__["_running"] = (
+            set()
+        )  # threads in which a forward of the view runs (see binding)
         self.__dict__["_ran"] = self.__dict__["_read"] = False
         self.__dict__["_repeats"] = {}  # rows for each example that are admitted (see binding)
 
@@ -157,29 +163,35 @@ class AdaptedLayer(StandIn, Holder):
     def entries(self, dtype: torch.dtype) -> Entries:
         """The parameters for an input of `dtype`, prepared if the variant prepares any.
 
-        In a call they were prepared with the view: activation checkpointing repeats none of it.
-        A bound view keeps them while no gradient is asked for, until a tensor that they come from
-        changes. In train mode it keeps none that require grad: optimizers and averages also write
-        to leaves through `.data`, which torch does not count as a change.
+        In a call they were prepared with the view, and in a bound view at the start of its forward:
+        activation checkpointing repeats none of it. A bound view keeps them while no gradient is
+        asked for, until a tensor that they come from changes. In train mode it keeps none that
+        require grad: optimizers and averages also write to leaves through `.data`, which torch does
+        not count as a change.
         """
         kept = self._kept
-        if kept is not None and kept.entries.serves(dtype):
-            if kept.sources is None:
-                return kept.entries
-            if self.keeps() and all(source.holds() for source in kept.sources):
-                return kept.entries
+        if kept is not None and kept.entries.serves(dtype) and self.holds(kept):
+            return kept.entries
         site, plain = self._site, self.plain()
         if not overrides(site.variant, "prepare"):
             return plain
         traced, keeps = in_transform() or torch.compiler.is_compiling(), self.keeps()
-        if not traced and torch.is_inference_mode_enabled():  # dynamo cannot trace it
-            with torch.inference_mode(False), torch.no_grad():  # to be of use outside of it too
-                entries = prepare(site.variant, self._weight, plain, dtype)
-        else:
+        with contextlib.nullcontext() if traced else no_inference_mode():  # dynamo cannot trace it
             entries = prepare(site.variant, self._weight, plain, dtype)
         if not traced:
-            self.__dict__["_kept"] = Kept(entries, noted(self.sources())) if keeps else None
+            self.__dict__["_kept"] = Kept(entries, noted(self.sources()), None) if keeps else None
         return entries
+
+    def holds(self, kept: Kept) -> bool:
+        """Whether kept parameters are those of now."""
+        if kept.sources is None:
+            return True
+        if kept.thread is not None:
+            if kept.thread == threading.get_ident() and kept.thread in self._running:
+                return True  # found when this forward of the view started
+            if in_backward():  # checkpointing, which runs a part of that forward again
+                return kept.still()
+        return self.keeps() and kept.still()
 
     def keeps(self) -> bool:
         """Whether prepared parameters of a bound view may be kept."""
@@ -189,27 +201,36 @@ class AdaptedLayer(StandIn, Holder):
             return True
         return not any(table[name].requires_grad for table, name in self.places())
 
-    def prepare_ahead(self, together: bool) -> tuple[Entries, torch.dtype | None]:
-        """Prepares the parameters before any input, for the dtype that it most likely has.
+    def stale(self) -> bool:
+        """Whether a bound view has to prepare the parameters at the start of a forward.
 
-        Under autocast, or if that is unknown, in float32: casts to another dtype then come last.
-        With `together`, the parameters may have the dtype of the leaves: the caller is to round
-        them, in place of their dict, to the dtype returned.
+        Not if it may keep them, and only the input says in which dtype.
         """
-        entries, variant, weight, later = self.plain(), self._site.variant, self._weight, None
-        if overrides(variant, "prepare") and weight.at_hand:
-            dtype = weight.input_dtype or torch.float32
-            if autocast_on(weight.device):
-                dtype = torch.promote_types(dtype, torch.float32)
-            wide = dtype
-            if together and variant.rounds_last:
-                for leaf in entries.params.values():
-                    wide = wide if leaf.dtype == wide else torch.promote_types(wide, leaf.dtype)
-            entries = prepare(variant, weight, entries, wide)
-            if wide != dtype:
-                entries, later = Entries(entries.params, entries.own, dtype), dtype
-        self.__dict__["_kept"] = Kept(entries, None)
-        return entries, later
+        if not self.keeps():
+            return True
+        known = self._weight.input_dtype is not None
+        return known and (self._kept is None or not self._kept.still())
+
+    def dtype_ahead(self) -> torch.dtype | None:
+        """For which dtype of inputs to prepare before there is any; None if nothing is to be.
+
+        Under autocast, or if the layer takes several, float32: casts to another then come last.
+        """
+        if not (overrides(self._site.variant, "prepare") and self._weight.at_hand):
+            return None
+        dtype = self._weight.input_dtype or torch.float32
+        if autocast_on(self._weight.device):
+            return torch.promote_types(dtype, torch.float32)
+        return dtype
+
+    def prepare_for(self, dtype: torch.dtype) -> Entries:
+        """The parameters, prepared for inputs of `dtype`."""
+        return prepare(self._site.variant, self._weight, self.plain(), dtype)
+
+    def take(self, entries: Entries) -> None:
+        """Keeps prepared parameters for a whole call, or forward of a bound view."""
+        sources = noted(self.sources()) if self._bound else None
+        self.__dict__["_kept"] = Kept(entries, sources, threading.get_ident())
 
     def sources(self) -> list[Place]:
         """Where the tensors are that the parameters may be prepared from."""
@@ -263,10 +284,15 @@ def check_bare(layer: nn.Module, path: str) -> None:
 
 
 class Kept(NamedTuple):
-    """Prepared parameters, and what they come from. None: they hold for the whole call."""
+    """Prepared parameters."""
 
     entries: Entries
-    sources: tuple[Note, ...] | None
+    sources: tuple[Note, ...] | None  # what they come from; None: they hold for the whole call
+    thread: int | None  # whose forward they were prepared for, before any input; None: for an input
+
+    def still(self) -> bool:
+        """Whether what they come from has not changed."""
+        return all(source.holds() for source in self.sources or ())
 
 
 def overrides(variant: Variant, method: str) -> bool:

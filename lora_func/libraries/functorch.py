@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +12,13 @@ from torch._C._functorch import (  # pyright: ignore  (compiled)
     _remove_batch_dim,
     _vmap_decrement_nesting,
     _vmap_increment_nesting,
+    current_level,
     is_batchedtensor,
+    maybe_get_level,
     peek_interpreter_stack,
 )
+from torch._functorch.autograd_function import custom_function_call
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch._functorch.vmap import (
     lazy_load_decompositions,  # pyright: ignore[reportPrivateImportUsage]
 )
@@ -22,14 +26,18 @@ from torch.autograd import forward_ad
 
 RELIES_ON = {
     "torch._C._functorch": (
+        "current_level",
         "is_batchedtensor",
+        "maybe_get_level",
         "peek_interpreter_stack",
         "_add_batch_dim",
         "_remove_batch_dim",
         "_vmap_decrement_nesting",
         "_vmap_increment_nesting",
     ),
+    "torch._functorch.autograd_function": ("custom_function_call",),
     "torch._functorch.vmap": ("lazy_load_decompositions",),
+    "torch._functorch.pyfunctorch": ("temporarily_pop_interpreter_stack",),
     "torch.autograd.forward_ad": ("_current_level",),
     "torch._C": ("_current_graph_task_id",),
     "torch": ("_foreach_copy_", "ops.aten._unsafe_view"),
@@ -58,6 +66,28 @@ def over_first_axis(function: Callable[..., Result], *tensors: Tensor) -> Result
         _vmap_decrement_nesting()
 
 
+def is_batched_here(t: Tensor) -> bool:
+    """Whether `t` is batched by the innermost `over_first_axis` that is running."""
+    return is_batchedtensor(t) and maybe_get_level(t) == current_level()
+
+
+def batched(t: Tensor) -> Tensor:
+    """`t [n, ..]` as the innermost `over_first_axis` sees it: `[..]`, for each of n."""
+    return _add_batch_dim(t, 0, current_level())
+
+
+def on_all(function: Callable[[Tensor], Tensor], t: Tensor, n: int) -> Tensor:
+    """Within `over_first_axis`: a function of all n values of `t` at once, `[n, ..] -> [n, ..]`.
+
+    It runs as if there were no vmap.
+    """
+    level = current_level()
+    whole = _remove_batch_dim(t, level, n, 0) if is_batched_here(t) else t.expand(n, *t.shape)
+    with temporarily_pop_interpreter_stack():
+        out = function(whole)
+    return _add_batch_dim(out, 0, level)
+
+
 def in_transform() -> bool:
     """Whether a torch.func transform runs in this thread, or forward-mode autograd in any."""
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
@@ -66,6 +96,19 @@ def in_transform() -> bool:
 def is_batched(t: Tensor) -> bool:
     """Whether `t` is batched by a torch.vmap that is running."""
     return is_batchedtensor(t)
+
+
+def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`, with all arguments of its `forward`.
+
+    In torch's own, to look up the signature of a `forward` beside a `setup_context` takes longer
+    than its kernels: 40 us in each call.
+    """
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    if peek_interpreter_stack() is not None:
+        return custom_function_call(function, *args)
+    return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore
 
 
 def in_backward() -> bool:
@@ -79,7 +122,7 @@ def own_tensor(t: Tensor) -> Tensor:
     An output of a `torch.autograd.Function` that is a view cannot be changed in place, and a
     product of three axes is one.
     """
-    return torch.ops.aten._unsafe_view(t, t.shape)
+    return torch.ops.aten._unsafe_view(t, t.shape) if t._is_view() else t
 
 
 def copy_together(targets: list[Tensor], sources: list[Tensor]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..variant import Prepared, Variant
+from ..engine.examples import Entries
+from ..engine.together import prepare_together
+from ..variant import Prepared, Variant, Weight
 from . import laws  # noqa: F401  (which come first)
 from .law import TOLERANCE, expect, expect_close, expect_equal, law
 from .layer import Layer
@@ -52,6 +54,25 @@ def rounding_comes_last(layer: Layer) -> None:
     for name, t in wide.items():
         rounded = t.to(torch.bfloat16) if t.is_floating_point() else t
         expect_equal(low[name], rounded, f"{name}, prepared for torch.bfloat16")
+
+
+@law(applies=lambda variant: variant.prepares_together)
+def prepared_together(layer: Layer) -> None:
+    """`prepare` of three layers at once, under vmap over them, is that of each."""
+    variant, bias, dtype = layer.variant, layer.weight.bias, layer.x.dtype
+    weights, entries = [], []
+    for k in range(3):
+        scale = 1 + 0.1 * k
+        weights.append(Weight(scale * layer.weight.matrix, None if bias is None else scale * bias))
+        own = {name: scale * leaf for name, leaf in layer.leaves().items()}
+        entries.append(Entries({**layer.trained, **own}, (), None))
+    at_once = prepare_together(variant, weights, entries, frozenset(), dtype)
+    for k, (weight, (params, *_), (made, *_)) in enumerate(zip(weights, entries, at_once)):
+        alone = variant.prepared(weight, params, dtype)
+        expect(made.keys() == alone.keys(), f"together {list(made)}, alone {list(alone)}")
+        for name, t in alone.items():
+            # Sums of many layers' products may be made in another order.
+            expect_close(made[name], t, 1e-12 * layer.condition, f"{name} of layer {k}")
 
 
 def has_fused(variant: Variant) -> bool:

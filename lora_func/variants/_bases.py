@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..libraries.functorch import applied
+
 
 def scaled(lam: Tensor, gam: Tensor, A: Tensor) -> Tensor:
     """`S [r n, d]` with rows `lam[i, j] A[i] gam[j]`, from lam [r, n], gam [n, d], A [r, 1, d]."""
@@ -22,7 +24,7 @@ def bases_product(
     """
     if torch.compiler.is_compiling():  # which traces no jvp, and itself chooses what to keep
         return BasesProduct.forward(x, lam, gam, A, B, widens)
-    return BasesProduct.apply(x, lam, gam, A, B, widens)
+    return applied(BasesProduct, x, lam, gam, A, B, widens)
 
 
 class BasesProduct(torch.autograd.Function):

@@ -23,6 +23,8 @@ from ._low_rank import Factored
 class Directions(Factored):
     """`out = base_out + act(z) Uᵀ` with the coordinates `z = (base_out - b) U`, `[.., k]`."""
 
+    prepares_together = True
+
     @abc.abstractmethod
     def core(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """U `[d_out, k]`, and what `act` needs, as a dict."""
@@ -81,6 +83,8 @@ class Gains(Gain, Directions):
 @dataclass(frozen=True, kw_only=True)
 class Turned(Factored):
     """`out = base_out + act(p) Uᵀ` with the coordinates `p = x Vᵀ`, `[.., r]`."""
+
+    prepares_together = True
 
     @abc.abstractmethod
     def core(self, params: dict[str, Tensor]) -> dict[str, Tensor]:

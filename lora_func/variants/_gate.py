@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..libraries.functorch import applied
+
 
 def gated(y: Tensor, d: Tensor) -> Tensor:
     """`y + y ∘ d`, for `y [.., n]` and `d [n]`, or `d [.., 1, n]`, in one dtype.
@@ -16,7 +18,7 @@ def gated(y: Tensor, d: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():  # which traces no jvp, and fuses the sum itself
         return torch.addcmul(y, y, d)
-    return Gated.apply(y, d)
+    return applied(Gated, y, d)
 
 
 class Gated(torch.autograd.Function):

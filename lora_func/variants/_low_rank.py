@@ -115,6 +115,8 @@ class Anchored(Product):
     singular vectors differ between machines.
     """
 
+    prepares_together = True
+
     r: int = 8
     """Rank, from 1 to min(d_in, d_out)."""
     alpha: float | None = None

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..libraries.functorch import applied
+
 
 def distinct(n: int, total: int, generator: torch.Generator | None) -> Tensor:
     """n different integers below `total`, ascending; every set of n is equally likely.
@@ -58,7 +60,7 @@ def sparse_product(
     if torch.compiler.is_compiling():  # which traces no jvp, and itself chooses what to keep
         return F.linear(x, make(v, rows, cols, shape).to(x.dtype))
     # d_out alone: under nested transforms torch takes a tuple of numbers apart.
-    return SparseProduct.apply(x, v, rows, cols, shape[0], make, adjoint)
+    return applied(SparseProduct, x, v, rows, cols, shape[0], make, adjoint)
 
 
 class SparseProduct(torch.autograd.Function):

@@ -40,6 +40,7 @@ class AdaLoRA(Product):
         peft=Peft("AdaLoraConfig", {"total_step": 100}, rank="init_r"),
         beside_peft="the same function; the allocator is a pure step of the loop",
     )
+    prepares_together = True
 
     r: int = 12
     """Rank of each layer at the start, at least 1. The default is PEFT's init_r."""

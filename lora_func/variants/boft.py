@@ -51,6 +51,7 @@ class BOFT(Variant):
         peft=Peft("BOFTConfig", rank=None),
         beside_peft="the inverse rotation, and half the numbers; PEFT's m > 1 needs a compiler",
     )
+    prepares_together = True
 
     block_size: int = 8
     """b, the number of inputs that one rotation turns: even. 8 is the paper's for language

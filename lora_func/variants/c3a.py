@@ -50,6 +50,7 @@ class C3A(Variant):
         peft=Peft("C3AConfig", rank=None),
         beside_peft="the same function; PEFT 0.21 has a wrong gradient in x",
     )
+    prepares_together = True
 
     block_size: int = 256
     """b, the size of the circulant blocks, which divides d_in and d_out. A layer trains d_in

@@ -54,6 +54,7 @@ class DeLoRA(Product):
         peft=Peft("DeloraConfig"),
         beside_peft='start="peft" is the same; start="paper" is Eq. 9, without the jump',
     )
+    prepares_together = True
     renamed: ClassVar = {"init": "start"}
 
     r: int = 8

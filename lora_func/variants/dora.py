@@ -61,7 +61,7 @@ class DoRA(LowRank):
         peft=Peft("LoraConfig", {"use_dora": True}),
         beside_peft="the same, gradients included; PEFT forms the dense update on each call",
     )
-    broadcasts = rounds_last = True
+    broadcasts = rounds_last = prepares_together = True
 
     detach_norm: bool = True
     """Treat the row norms n as constants in the gradient, as the paper does."""

@@ -47,7 +47,7 @@ class ETHER(Factored):
         reads="nothing",
         lr=2e-3,
     )
-    broadcasts = True
+    broadcasts = prepares_together = True
 
     n: int = 1
     """Number of blocks, at least 1; divides d_in into blocks of at least 2 inputs."""

@@ -52,7 +52,7 @@ class ETHERPlus(Factored):
         reads="nothing",
         lr=5e-3,
     )
-    broadcasts = True
+    broadcasts = prepares_together = True
 
     n: int = 4
     """Number of blocks on each side, at least 1; divides d_in and d_out into blocks of at least

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..card import Card, Peft
 from ..checks import check_rank
+from ..libraries.functorch import applied
 from ..linalg import at_least_float32, kaiming
 from ..variant import Params, Variant, Weight
 
@@ -83,7 +84,7 @@ def rescaled_product(x: Tensor, A: Tensor, B: Tensor, weight: Weight) -> Tensor:
     """
     if torch.compiler.is_compiling():  # which traces no jvp, and itself chooses what to keep
         return F.linear(x, weight.dense().to(x.dtype) * (B @ A))
-    return RescaledProduct.apply(x, A, B, None if weight.opaque else weight.dense(), weight)
+    return applied(RescaledProduct, x, A, B, None if weight.opaque else weight.dense(), weight)
 
 
 class RescaledProduct(torch.autograd.Function):

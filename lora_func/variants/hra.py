@@ -52,7 +52,7 @@ class HRA(Factored):
         peft=Peft("HRAConfig"),
         beside_peft="the same function; PEFT applies the reflections one by one",
     )
-    broadcasts = rounds_last = True
+    broadcasts = rounds_last = prepares_together = True
 
     r: int = 8
     """Number of reflections: even, at least 2."""

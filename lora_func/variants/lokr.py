@@ -53,6 +53,7 @@ class LoKr(Variant):
         peft=Peft("LoKrConfig"),
         beside_peft="the same function; PEFT forms the dense update",
     )
+    prepares_together = True
 
     r: int = 8
     """Rank of a factor that is large beside it, at least 1."""

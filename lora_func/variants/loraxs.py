@@ -37,6 +37,7 @@ class LoRAXS(Product):
         lr=4e-3,
         width=4,
     )
+    prepares_together = True
 
     r: int = 32
     """Number of singular triplets, from 1 to min(d_in, d_out); r² numbers are trained."""

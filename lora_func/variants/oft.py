@@ -46,6 +46,7 @@ class OFT(Variant):
         peft=Peft("OFTConfig", rank=None),
         beside_peft="the same with terms=5; PEFT's exact form is the inverse rotation",
     )
+    prepares_together = True
 
     block_size: int = 32
     """b, the number of inputs that a rotation mixes, at least 2; divides d_in."""

@@ -46,6 +46,7 @@ class ROAD(Variant):
         peft=Peft("RoadConfig", rank=None),
         beside_peft="the same function; the scale is stored as its deviation from 1",
     )
+    prepares_together = True
 
     kind: str = "road_1"
     """How many angles, and as many scales, a pair of outputs has: "road_1" one, "road_2" two,

@@ -41,6 +41,7 @@ class TinyLoRA(Product):
         peft=Peft("TinyLoraConfig"),
         beside_peft="the same function; PEFT draws the P_i from a seed of its own",
     )
+    prepares_together = True
 
     r: int = 2
     """Number of singular triplets, from 1 to min(d_in, d_out)."""

@@ -57,6 +57,7 @@ class VBLoRA(Product):
         peft=Peft("VBLoRAConfig"),
         beside_peft='the same function with start="peft"; PEFT\'s output at init is moved',
     )
+    prepares_together = True
 
     r: int = 4
     """Rank, at least 1."""

@@ -71,7 +71,6 @@ class LayerWeight(Weight):
 
     @property
     def input_dtype(self) -> torch.dtype | None:
-        """The dtype that the layer's input has, if the layer takes only one."""
         return torch_hooks.stored_weight(self.layer).dtype
 
     @property
