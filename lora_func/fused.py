@@ -13,8 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernels import takes
 from .libraries.functorch import applied, own_tensor
 from .linalg import cast, low_rank_update
+
+FEW = 16
+"""Rows of an input that are few: each of them reads all of A again."""
 
 
 def low_rank_linear(  # noqa: PLR0917  (the names of the formula)
@@ -31,10 +35,23 @@ def low_rank_linear(  # noqa: PLR0917  (the names of the formula)
     """
     A, B = cast(A, x.dtype), cast(B, x.dtype)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, A, B))):
-        return forward(x, W, b, A, B, scale)[0]
+        return inference(x, W, b, A, B, scale)
     if B.requires_grad and not A.requires_grad:
         return low_rank_update(F.linear(x, W, b), x, A, B, scale)
     return applied(LowRankLinear, x, W, b, A, B, scale)
+
+
+def inference(  # noqa: PLR0917  (as above)
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float
+) -> Tensor:
+    """The output alone. One kernel updates a few rows, such as those of a decoded token."""
+    if x.numel() > FEW * x.shape[-1] or not takes(x, A, B):
+        return forward(x, W, b, A, B, scale)[0]
+    from .kernels import programs  # noqa: PLC0415  (which imports Triton)
+
+    y = F.linear(x, W, b)
+    programs.add_low_rank(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), A, B, scale)
+    return y
 
 
 def forward(  # noqa: PLR0917  (as above)
@@ -72,7 +89,6 @@ class LowRankLinear(torch.autograd.Function):
             h = rows(x, A, B) @ A.mT  # x is there: A requires grad, too
         gh = product(g, B, ctx.scale)  # [.., r]
         gx = None
-        h = None if h is None else rows(h, A, B)
         if needs_x:
             gx = grad.matmul(W).contiguous()
             if again:
@@ -80,7 +96,7 @@ class LowRankLinear(torch.autograd.Function):
             else:
                 add_product(rows(gx, A, B), gh, A, 1.0)
         gA = over(gh, rows(x, A, B), A) if needs_A else None
-        gB = over(g, h, B, ctx.scale) if needs_B else None
+        gB = over(g, rows(h, A, B), B, ctx.scale) if needs_B else None
         return gx, None, None, gA, gB, None
 
 

@@ -33,7 +33,7 @@ def autocast_off(device: torch.device) -> contextlib.AbstractContextManager[obje
 
 @contextlib.contextmanager
 def no_inference_mode() -> Iterator[None]:
-    """Switches inference mode off, but not gradients on: its tensors are of no use outside of it."""
+    """Switches inference mode off, and gradients stay off: its tensors serve nowhere else."""
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
             yield

@@ -120,7 +120,7 @@ def test_transforms(where, tmp_path):
     grad = torch.func.grad(lambda p: adapter(model, p, batch).loss)
     want = grad(params)
     model = OFFLOADED[where](model, tmp_path)
-    assert same(grad(params), want)
+    assert close(grad(params), want)  # an offloaded layer prepares alone, and others together
     model = OFFLOADED["map"](tiny_llama().requires_grad_(False), tmp_path / "map")
     with pytest.raises(lf.LoraFuncError, match=r"offloads to the disk[.] Use lf"):
         grad(params)

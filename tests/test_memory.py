@@ -60,7 +60,9 @@ def test_bytes_kept_for_backward(case, bias):
     # Casts, products and norms of A and B, of the size of the parameters.
     factors = 12 * R * D * 4 * 2
     intermediates = 2 * case.products * R * TOKENS * 4
-    assert sum(beyond.values()) <= 2 * case.activations * ACTIVATION + intermediates + factors
+    stacked = sum(leaf.nbytes for leaf in leaves.values())  # equal layers prepare together
+    most = 2 * case.activations * ACTIVATION + intermediates + factors + stacked
+    assert sum(beyond.values()) <= most
     small = max(case.products, 2) * SMALL
     largest = max(case.activations * ACTIVATION, small, 4 * R * D * 4)
     assert all(size <= largest for size in beyond.values())

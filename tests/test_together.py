@@ -142,8 +142,8 @@ def test_a_bound_view_prepares_together():
     view = lf.bind(adapter, model, leaves).train()
     out, grads = run(model, adapter, leaves, x)
     COUNTS.clear()
-    for _ in range(2):
-        given = view(x)
+    view(x)
+    given = view(x)
     assert torch.equal(given, out)
     assert len(COUNTS) == 4
     loss = (given * torch.linspace(-1, 1, out.numel()).to(out).view_as(out)).sum()

@@ -37,9 +37,7 @@ class AdaptedLayer(StandIn, Holder):
         super().__init__(layer)
         self.hold(site, params, keep)
         self.__dict__["_bound"] = keep
-        self.__dict__["_running"] = (
-            set()
-        )  # threads in which a forward of the view runs (see binding)
+        self.__dict__["_running"] = set()  # threads in which a bound view's forward runs
         self.__dict__["_ran"] = self.__dict__["_read"] = False
         self.__dict__["_repeats"] = {}  # rows for each example that are admitted (see binding)
 
@@ -186,7 +184,7 @@ class AdaptedLayer(StandIn, Holder):
         """Whether kept parameters are those of now."""
         if kept.sources is None:
             return True
-        if kept.thread is not None:
+        if kept.thread is not None and not torch.compiler.is_compiling():
             if kept.thread == threading.get_ident() and kept.thread in self._running:
                 return True  # found when this forward of the view started
             if in_backward():  # checkpointing, which runs a part of that forward again
@@ -229,8 +227,11 @@ class AdaptedLayer(StandIn, Holder):
 
     def take(self, entries: Entries) -> None:
         """Keeps prepared parameters for a whole call, or forward of a bound view."""
-        sources = noted(self.sources()) if self._bound else None
-        self.__dict__["_kept"] = Kept(entries, sources, threading.get_ident())
+        if self._bound:
+            kept = Kept(entries, noted(self.sources()), threading.get_ident())
+        else:
+            kept = Kept(entries, None, None)
+        self.__dict__["_kept"] = kept
 
     def sources(self) -> list[Place]:
         """Where the tensors are that the parameters may be prepared from."""

@@ -123,10 +123,11 @@ class WeightOfEach(Weight):
         return None if biases[0] is None else batched(torch.stack(biases))
 
     def __call__(self, z: Tensor) -> Tensor:
-        stored = self.weights[0].input_dtype or z.dtype  # cast all at once
+        first = self.weights[0]
+        dtype = z.dtype if first.opaque else first.input_dtype  # all at once, not each by itself
 
         def products(rows: Tensor) -> Tensor:
-            pairs = zip(self.weights, rows.to(stored).unbind(0))
+            pairs = zip(self.weights, rows.to(dtype).unbind(0))
             return torch.stack([weight(row) for weight, row in pairs]).to(z.dtype)
 
         return on_all(products, z, len(self.weights))

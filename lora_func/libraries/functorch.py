@@ -107,8 +107,9 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return function.apply(*args)
     if peek_interpreter_stack() is not None:
-        return custom_function_call(function, *args)
-    return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore
+        return custom_function_call(function, *args)  # pyright: ignore  (untyped)
+    plain: Any = super(torch.autograd.Function, function)
+    return plain.apply(*args)
 
 
 def in_backward() -> bool:

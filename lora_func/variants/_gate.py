@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import takes
 from ..libraries.functorch import applied
 
 
@@ -21,6 +22,27 @@ def gated(y: Tensor, d: Tensor) -> Tensor:
     return applied(Gated, y, d)
 
 
+LARGE = 2**23  # entries from which a GPU takes longer for a gate than its CPU to ask for it
+
+
+def is_large(*tensors: Tensor) -> bool:
+    """Whether our own kernel, which autograd cannot pass, is faster for a gate `d [n]`.
+
+    It is the last of the tensors.
+    """
+    large = tensors[0].numel() >= LARGE and tensors[-1].dim() == 1
+    return large and not torch.is_grad_enabled() and takes(*tensors)
+
+
+def gate(y: Tensor, d: Tensor) -> Tensor:
+    """`y + y ∘ d`, without derivatives."""
+    if is_large(y, d):
+        from ..kernels import programs  # noqa: PLC0415  (which imports Triton)
+
+        return programs.gate(y, d)
+    return torch.addcmul(y, y, d)
+
+
 class Gated(torch.autograd.Function):
     """`gated` for autograd."""
 
@@ -28,7 +50,7 @@ class Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(y, d):  # pyright: ignore
-        return torch.addcmul(y, y, d)
+        return gate(y, d)
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
@@ -38,8 +60,13 @@ class Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad):  # pyright: ignore
         y, d = ctx.saved_tensors
-        dd = (grad * y).sum_to_size(d.shape) if ctx.needs_input_grad[1] else None
-        return torch.addcmul(grad, grad, d), dd
+        if not ctx.needs_input_grad[1]:
+            return gate(grad, d), None
+        if is_large(grad, y, d):
+            from ..kernels import programs  # noqa: PLC0415  (which imports Triton)
+
+            return programs.gate_backward(grad, y, d)
+        return torch.addcmul(grad, grad, d), (grad * y).sum_to_size(d.shape)
 
     @staticmethod
     def jvp(ctx: Any, dy, dd):  # pyright: ignore

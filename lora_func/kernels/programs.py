@@ -1,0 +1,111 @@
+"""Kernels for GPUs, in Triton, where PyTorch has none that comes near the bandwidth.
+
+Each does what a line or two of PyTorch do beside where it is called, and `tests/test_kernels.py`
+compares the two. `libraries.triton.takes` says which tensors may come here. A gate: PyTorch reads a
+vector along the rows of a matrix at a third of the bandwidth, and its backward passes over the
+matrix six times, where three are enough. A few rows: the two products of a low-rank update take
+longer to start than to run, so one kernel does both.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def gate(y: Tensor, d: Tensor) -> Tensor:
+    """`y + y ∘ d`, for `y [.., n]` and `d [n]`. Rounded once."""
+    out, n = torch.empty_like(y), d.shape[0]
+    rows = y.numel() // n
+    grid = triton.cdiv(rows, 16), triton.cdiv(n, 256)
+    gate_kernel[grid](y, d, out, rows, n, BLOCK_R=16, BLOCK_N=256)
+    return out
+
+
+def gate_backward(grad: Tensor, y: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `gate`: `grad + grad ∘ d`, and the sum of `grad ∘ y` over all rows, `[n]`."""
+    dy, n = torch.empty_like(grad), d.shape[0]
+    rows = y.numel() // n
+    share = triton.cdiv(rows, 32) if rows > 512 else 16  # rows of a program
+    share = triton.cdiv(share, 16) * 16
+    parts = triton.cdiv(rows, share)
+    sums = torch.empty(parts, n, dtype=torch.float32, device=y.device)
+    grid = parts, triton.cdiv(n, 128)
+    gate_backward_kernel[grid](grad, y, d, dy, sums, rows, n, share, BLOCK_R=16, BLOCK_N=128)
+    return dy, sums.sum(0).to(d.dtype)
+
+
+def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
+    """`y += scale (x Aᵀ) Bᵀ` in place, for a few rows: `y [m, o]`, `x [m, i]`.
+
+    `A [r, i]`, `B [o, r]`, or with an axis n in front: then each serves m / n rows, one after the
+    other.
+    """
+    (m, o), i, r = y.shape, x.shape[1], A.shape[-2]
+    R = max(triton.next_power_of_2(r), 16)
+    each_A = m // A.shape[0] if A.dim() == 3 else m
+    each_B = m // B.shape[0] if B.dim() == 3 else m
+    width = min(triton.next_power_of_2(i), max(16384 // R, 16))
+    grid = triton.cdiv(o, 128), m
+    add_low_rank_kernel[grid](
+        y, x, A, B, scale, o, i, r, each_A, each_B, R=R, BLOCK_I=width, BLOCK_O=128, num_warps=8
+    )
+
+
+@triton.jit
+def gate_kernel(  # noqa: PLR0917  # pyright: ignore
+    y, d, out, rows, n, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = row[:, None].to(tl.int64) * n + column[None, :]
+    inside = (row[:, None] < rows) & (column[None, :] < n)
+    scale = tl.load(d + column, mask=column < n, other=0).to(tl.float32)
+    u = tl.load(y + at, mask=inside, other=0).to(tl.float32)
+    tl.store(out + at, (u + u * scale[None, :]).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gate_backward_kernel(  # noqa: PLR0917  # pyright: ignore
+    grad, y, d, dy, sums, rows, n, share, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    first = tl.program_id(0) * share
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    scale = tl.load(d + column, mask=column < n, other=0).to(tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, share, BLOCK_R):
+        row = first + start + tl.arange(0, BLOCK_R)
+        at = row[:, None].to(tl.int64) * n + column[None, :]
+        inside = (row[:, None] < rows) & (column[None, :] < n)
+        g = tl.load(grad + at, mask=inside, other=0).to(tl.float32)
+        u = tl.load(y + at, mask=inside, other=0).to(tl.float32)
+        tl.store(dy + at, (g + g * scale[None, :]).to(dy.dtype.element_ty), mask=inside)
+        total += tl.sum(g * u, 0)
+    tl.store(sums + tl.program_id(0) * n + column, total, mask=column < n)
+
+
+@triton.jit
+def add_low_rank_kernel(  # noqa: PLR0917  # pyright: ignore
+    y, x, A, B, scale, o, i, r, each_A, each_B,
+    R: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1)
+    rank = tl.arange(0, R)
+    out = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    A += (row // each_A).to(tl.int64) * r * i
+    B += (row // each_B).to(tl.int64) * o * r
+    partial = tl.zeros((R, BLOCK_I), tl.float32)
+    for start in range(0, i, BLOCK_I):
+        column = start + tl.arange(0, BLOCK_I)
+        v = tl.load(x + row.to(tl.int64) * i + column, mask=column < i, other=0).to(tl.float32)
+        there = (rank[:, None] < r) & (column[None, :] < i)
+        a = tl.load(A + rank[:, None] * i + column[None, :], mask=there, other=0).to(tl.float32)
+        partial += a * v[None, :]
+    h = tl.sum(partial, 1)
+    there = (out[:, None] < o) & (rank[None, :] < r)
+    b = tl.load(B + out[:, None] * r + rank[None, :], mask=there, other=0).to(tl.float32)
+    at = y + row.to(tl.int64) * o + out
+    u = tl.load(at, mask=out < o, other=0).to(tl.float32) + scale * tl.sum(b * h[None, :], 1)
+    tl.store(at, u.to(y.dtype.element_ty), mask=out < o)
