@@ -28,12 +28,10 @@ def gate_backward(grad: Tensor, y: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """Of `gate`: `grad + grad ∘ d`, and the sum of `grad ∘ y` over all rows, `[n]`."""
     dy, n = torch.empty_like(grad), d.shape[0]
     rows = y.numel() // n
-    share = triton.cdiv(rows, 32) if rows > 512 else 16  # rows of a program
-    share = triton.cdiv(share, 16) * 16
-    parts = triton.cdiv(rows, share)
+    parts = triton.cdiv(rows, 128)
     sums = torch.empty(parts, n, dtype=torch.float32, device=y.device)
     grid = parts, triton.cdiv(n, 128)
-    gate_backward_kernel[grid](grad, y, d, dy, sums, rows, n, share, BLOCK_R=16, BLOCK_N=128)
+    gate_backward_kernel[grid](grad, y, d, dy, sums, rows, n, STEPS=8, BLOCK_R=16, BLOCK_N=128)
     return dy, sums.sum(0).to(d.dtype)
 
 
@@ -50,7 +48,7 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> No
     width = min(triton.next_power_of_2(i), max(16384 // R, 16))
     grid = triton.cdiv(o, 128), m
     add_low_rank_kernel[grid](
-        y, x, A, B, scale, o, i, r, each_A, each_B, R=R, BLOCK_I=width, BLOCK_O=128, num_warps=8
+        y, x, A, B, scale, o, r, each_A, each_B, i=i, R=R, BLOCK_I=width, BLOCK_O=128, num_warps=8
     )
 
 
@@ -69,14 +67,22 @@ def gate_kernel(  # noqa: PLR0917  # pyright: ignore
 
 @triton.jit
 def gate_backward_kernel(  # noqa: PLR0917  # pyright: ignore
-    grad, y, d, dy, sums, rows, n, share, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
+    grad,
+    y,
+    d,
+    dy,
+    sums,
+    rows,
+    n,
+    STEPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    first = tl.program_id(0) * share
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     scale = tl.load(d + column, mask=column < n, other=0).to(tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, share, BLOCK_R):
-        row = first + start + tl.arange(0, BLOCK_R)
+    for step in range(STEPS):
+        row = (tl.program_id(0) * STEPS + step) * BLOCK_R + tl.arange(0, BLOCK_R)
         at = row[:, None].to(tl.int64) * n + column[None, :]
         inside = (row[:, None] < rows) & (column[None, :] < n)
         g = tl.load(grad + at, mask=inside, other=0).to(tl.float32)
@@ -88,7 +94,7 @@ def gate_backward_kernel(  # noqa: PLR0917  # pyright: ignore
 
 @triton.jit
 def add_low_rank_kernel(  # noqa: PLR0917  # pyright: ignore
-    y, x, A, B, scale, o, i, r, each_A, each_B,
+    y, x, A, B, scale, o, r, each_A, each_B, i: tl.constexpr,
     R: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1)
