@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .layer import LayerWeight
@@ -56,8 +57,8 @@ class Packed4bitWeight(LayerWeight):
         return getattr(self.layer, "quant_state", None) if state is None else state
 
     @property
-    def input_dtype(self) -> None:
-        return None
+    def input_dtype(self) -> torch.dtype:
+        return self.state.dtype  # the layer takes any; this is that of the model before packing
 
     @property
     def inference_only(self) -> bool:
