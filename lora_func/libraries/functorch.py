@@ -29,6 +29,8 @@ from torch._functorch.vmap import (
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from ..errors import LoraFuncError
+
 RELIES_ON = {
     "torch._C._functorch": (
         "is_batchedtensor",
@@ -92,6 +94,8 @@ def through_transform(function: Linear, adjoint: Linear, x: Tensor) -> Tensor:
     same for any function, and takes 0.7 ms a call, against 0.1 ms here.
     """
     interpreter = coerce_cinterpreter(peek_interpreter_stack())
+    if interpreter.key() == TransformType.Functionalize:
+        raise LoraFuncError("torch.func.functionalize cannot pass a packed layer")
     x, level = unwrap_if_dead(x), interpreter.level()
     if maybe_get_level(x) != level:  # a constant of the transform
         with interpreter.lower():
