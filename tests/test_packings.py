@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import catalogue, data_for
 from models import largest, trained
-from torch import Tensor, nn
+from torch import Tensor, nn, no_grad
+from torch.autograd import forward_ad
+from torch.func import grad, jvp, vjp, vmap
 
 import lora_func as lf
 
@@ -107,6 +111,98 @@ def test_a_packed_layer_is_its_unpacked_twin(kind, variant):
     scale = max(1.0, *(grad.abs().max().item() for grad in expected.values()))
     for grads in (lf.value_and_grad(loss)(params)[1], torch.func.grad(loss)(params)):
         assert largest(grads, expected) <= 1e-5 * scale
+
+
+def dual(function: Any) -> Any:
+    """The derivative of a function along its own argument, by forward-mode autograd."""
+
+    def derivative(x: Tensor) -> Any:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(x, x))).tangent
+
+    return derivative
+
+
+def called_later(function: Any) -> Any:
+    """The gradient of a function from a vjp whose transform is over."""
+
+    def gradient(x: Tensor) -> Tensor:
+        out, pull, *_ = vjp(function, x)
+        return pull(torch.ones_like(out))[0]  # pyright: ignore
+
+    return gradient
+
+
+def twice(function: Any) -> Any:
+    """The second derivative of a function along its argument, by autograd alone."""
+
+    def derivative(x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(function(x), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), x)[0]
+
+    return derivative
+
+
+TRANSFORMS = {
+    "nothing": lambda f: f,
+    "grad": grad,
+    "vjp called later": called_later,
+    "jacrev": torch.func.jacrev,
+    "jacfwd": torch.func.jacfwd,
+    "hessian": torch.func.hessian,
+    "grad of grad": lambda f: grad(lambda x: grad(f)(x).square().sum()),
+    "grad of jvp": lambda f: grad(lambda x: jvp(f, (x,), (x,))[1]),
+    "jvp of grad": lambda f: lambda x: jvp(grad(f), (x,), (x.sin(),))[1],
+    "jvp of jvp": lambda f: lambda x: jvp(lambda x: jvp(f, (x,), (x,))[1], (x,), (x.sin(),))[1],
+    "forward mode": dual,
+    "autograd, twice": twice,
+    "vmap": vmap,
+    "vmap over the last axis": lambda f: lambda x: vmap(f, in_dims=-1)(x.movedim(0, -1)),
+    "vmap of vmap": lambda f: vmap(vmap(f)),
+    "vmap of grad": lambda f: vmap(grad(f)),
+    "grad of vmap": lambda f: grad(lambda x: vmap(f)(x).square().sum()),
+    "vmap of a vjp called later": lambda f: vmap(called_later(f)),
+    "vmap of jvp of grad": lambda f: vmap(lambda x: jvp(grad(f), (x,), (x.sin(),))[1]),
+    "grad without gradients": lambda f: no_grad()(grad(f)),
+    "gradients off in grad": lambda f: grad(lambda x: f(x) * no_grad()(f)(x)),
+    "grad of a constant": lambda f: lambda x: grad(lambda y: f(x) * y.sum())(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_packed_product_in_transforms(transform):
+    """Through every transform, and through two, as the product with a plain weight."""
+    (model, plain), x = packed_and_plain(HQQLinear), torch.randn(3, 2, 8)
+    (adapter, params), (twin, _) = adapted(lf.LoRA(r=2), model), adapted(lf.LoRA(r=2), plain)
+    params = trained(params)
+    given, expected = (
+        transform(lambda x, a=a, m=m: a(m, params, x).sin().sum())(x)
+        for a, m in ((adapter, model), (twin, plain))
+    )
+    torch.testing.assert_close(given, expected)
+
+
+def test_a_gradient_reads_the_matrix_anew(reads):
+    """Forward keeps none for backward."""
+    model, _ = packed_and_plain(HQQLinear)
+    adapter, params = adapted(lf.LoRA(r=2), model)
+    layers = [layer for layer in model if isinstance(layer, Packed)]
+    x, n = torch.randn(5, 8), 2 * len(layers) - 1  # the first input is given no gradient
+
+    def loss(p: dict[str, Tensor]) -> Tensor:
+        return adapter(model, p, x).square().sum()
+
+    reads.clear()
+    grad(loss)(params)
+    assert len(reads) == n
+
+
+def test_functionalize_is_refused():
+    model, _ = packed_and_plain(HQQLinear)
+    adapter, params = adapted(lf.LoRA(r=2), model)
+    with pytest.raises(lf.LoraFuncError, match="functionalize cannot pass a packed layer"):
+        torch.func.functionalize(lambda x: adapter(model, params, x))(torch.randn(5, 8))
 
 
 @over_variants

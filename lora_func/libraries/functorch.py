@@ -8,21 +8,30 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._C._functorch import (  # pyright: ignore  (compiled)
+    TransformType,
     _add_batch_dim,
     _remove_batch_dim,
+    _unwrap_batched,
+    _unwrap_for_grad,
     _vmap_decrement_nesting,
     _vmap_increment_nesting,
+    _wrap_for_grad,
     current_level,
     is_batchedtensor,
     maybe_get_level,
     peek_interpreter_stack,
+    unwrap_if_dead,
 )
 from torch._functorch.autograd_function import custom_function_call
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch._functorch.pyfunctorch import coerce_cinterpreter, temporarily_pop_interpreter_stack
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch._functorch.vmap import (
     lazy_load_decompositions,  # pyright: ignore[reportPrivateImportUsage]
 )
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+from ..errors import LoraFuncError
 
 RELIES_ON = {
     "torch._C._functorch": (
@@ -30,15 +39,27 @@ RELIES_ON = {
         "is_batchedtensor",
         "maybe_get_level",
         "peek_interpreter_stack",
+        "unwrap_if_dead",
+        "TransformType.Vmap",
         "_add_batch_dim",
         "_remove_batch_dim",
+        "_unwrap_batched",
+        "_unwrap_for_grad",
+        "_wrap_for_grad",
         "_vmap_decrement_nesting",
         "_vmap_increment_nesting",
     ),
     "torch._functorch.autograd_function": ("custom_function_call",),
+    "torch._functorch.pyfunctorch": (
+        "coerce_cinterpreter",
+        "temporarily_pop_interpreter_stack",
+        "FuncTorchInterpreter.level",
+        "FuncTorchInterpreter.lower",
+    ),
+    "torch._functorch.utils": ("enable_single_level_autograd_function",),
     "torch._functorch.vmap": ("lazy_load_decompositions",),
-    "torch._functorch.pyfunctorch": ("temporarily_pop_interpreter_stack",),
-    "torch.autograd.forward_ad": ("_current_level",),
+    "torch.autograd.forward_ad": ("_current_level", "_set_fwd_grad_enabled"),
+    "torch.autograd.function": ("_SingleLevelFunction",),
     "torch._C": ("_current_graph_task_id",),
     "torch": ("_foreach_copy_", "ops.aten._unsafe_view"),
 }
@@ -88,9 +109,67 @@ def on_all(function: Callable[[Tensor], Tensor], t: Tensor, n: int) -> Tensor:
     return _add_batch_dim(out, 0, level)
 
 
+Linear = Callable[[Tensor], Tensor]
+
+
+def through_transform(function: Linear, adjoint: Linear, x: Tensor) -> Tensor:
+    """`function(x)` for a function that is linear in x, in a transform of torch.func.
+
+    `adjoint` is its transpose. Both run outside of the innermost transform, and call this function
+    again if they are in another. So neither needs to be made of what torch can differentiate, and
+    whatever they make on the way is not kept for backward. A `torch.autograd.Function` does the
+    same for any function, and takes 0.7 ms a call, against 0.1 ms here.
+    """
+    interpreter = coerce_cinterpreter(peek_interpreter_stack())
+    if interpreter.key() == TransformType.Functionalize:
+        raise LoraFuncError("torch.func.functionalize cannot pass a packed layer")
+    x, level = unwrap_if_dead(x), interpreter.level()
+    if maybe_get_level(x) != level:  # a constant of the transform
+        with interpreter.lower():
+            return function(x)
+    if interpreter.key() == TransformType.Vmap:
+        inner, axis = _unwrap_batched(x, level)
+        with interpreter.lower():
+            out = function(inner.movedim(axis, 0))  # pyright: ignore  (batched: it has an axis)
+        return _add_batch_dim(out, 0, level)
+    with enable_single_level_autograd_function():
+        return OneLevel.apply(x, interpreter, function, adjoint)  # pyright: ignore
+
+
+class OneLevel(_SingleLevelFunction):
+    """A linear function for one torch.func.grad, vjp or jvp."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, interpreter: Any, function: Linear, adjoint: Linear):
+        ctx.function, ctx.adjoint = function, adjoint
+        level = interpreter.level()
+        inner = _unwrap_for_grad(x, level)
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), interpreter.lower():
+            out = function(inner)
+        return _wrap_for_grad(out, level)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):  # pyright: ignore
+        return ctx.adjoint(grad), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None):  # pyright: ignore
+        return ctx.function(tangent)
+
+
 def in_transform() -> bool:
     """Whether a torch.func transform runs in this thread, or forward-mode autograd in any."""
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return in_functorch() or in_forward_mode()
+
+
+def in_functorch() -> bool:
+    """Whether a torch.func transform runs in this thread."""
+    return peek_interpreter_stack() is not None
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode autograd runs, in any thread."""
+    return forward_ad._current_level >= 0
 
 
 def is_batched(t: Tensor) -> bool:

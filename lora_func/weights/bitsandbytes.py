@@ -57,8 +57,8 @@ class Packed4bitWeight(LayerWeight):
         return getattr(self.layer, "quant_state", None) if state is None else state
 
     @property
-    def input_dtype(self) -> torch.dtype | None:
-        return self.layer.compute_dtype
+    def input_dtype(self) -> torch.dtype:
+        return self.state.dtype  # the layer takes any; this is that of the model before packing
 
     @property
     def inference_only(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..libraries.functorch import applied, in_forward_mode, in_functorch, through_transform
 from ..variant import Weight
 
 
@@ -24,8 +25,23 @@ def frozen_product(x: Tensor, weight: Weight, transpose: bool = False) -> Tensor
     """
     # Dynamo traces no function with a jvp of its own. Compiled code has grad and vmap, and raises
     # on jvp.
-    product = Product if torch.compiler.is_compiling() else ProductWithJvp
-    return product.apply(x, weight, transpose)
+    if torch.compiler.is_compiling():
+        return Product.apply(x, weight, transpose)
+    if in_functorch():
+        return through_transform(
+            lambda x: frozen_product(x, weight, transpose),
+            lambda grad: frozen_product(grad, weight, not transpose),
+            x,
+        )
+    if in_forward_mode() or (x.requires_grad and torch.is_grad_enabled()):
+        return applied(ProductWithJvp, x, weight, transpose)
+    return product(x, weight, transpose)
+
+
+def product(x: Tensor, weight: Weight, transpose: bool) -> Tensor:
+    """`frozen_product` without derivatives."""
+    W = weight.dense().to(x.dtype)
+    return x @ W if transpose else F.linear(x, W)
 
 
 class Product(torch.autograd.Function):
@@ -35,8 +51,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Weight, transpose: bool) -> Tensor:  # pyright: ignore
-        W = weight.dense().to(x.dtype)
-        return x @ W if transpose else F.linear(x, W)
+        return product(x, weight, transpose)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
