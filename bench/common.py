@@ -125,6 +125,16 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def repeated(run: Callable[[], Any], times: int) -> Callable[[], None]:
+    """`run`, several times, without a wait for the device between them."""
+
+    def all_of_them() -> None:
+        for _ in range(times):
+            run()
+
+    return all_of_them
+
+
 def interleaved(
     contenders: Mapping[str, Callable[[], Any]],
     rounds: int,

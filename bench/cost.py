@@ -30,7 +30,7 @@ from unittest import mock
 import peft
 import torch
 import torch.nn.functional as F
-from common import interleaved, peak, peft_config, ratio, write
+from common import interleaved, peak, peft_config, ratio, repeated, write
 from torch import Tensor, nn
 
 import lora_func as lf
@@ -206,16 +206,6 @@ def timed(
     first = sum(itertools.chain(*interleaved(loops, 1, 1, clock).values()))
     rounds = max(3, min(options.rounds, int(options.seconds / first)))
     return interleaved(loops, rounds, 1, clock)
-
-
-def repeated(run: Callable[[], Any], times: int) -> Callable[[], None]:
-    """`run`, several times, without a wait for the device between them."""
-
-    def loop() -> None:
-        for _ in range(times):
-            run()
-
-    return loop
 
 
 def free() -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import roofline
 import speed
 import torch
-from common import interleaved, peak, qwen3, ratio, write
+from common import interleaved, peak, qwen3, ratio, repeated, write
 from torch import Tensor
 
 import lora_func as lf
@@ -110,7 +110,9 @@ def measure(model: Any, row: Row, options: argparse.Namespace) -> dict[str, Any]
     try:
         runs = forwards(model, row, getattr(torch, options.dtype))
         steps = {who: speed.stepped(forward, wanted) for who, (forward, wanted) in runs.items()}
-        times = interleaved(steps, options.rounds)
+        loops = {who: repeated(step, options.in_a_row) for who, step in steps.items()}
+        times = interleaved(loops, options.rounds, warmup=1)
+        times = {who: [t / options.in_a_row for t in own] for who, own in times.items()}
         peaks = {who: peak(step) / 2**20 for who, step in steps.items()}
     except torch.OutOfMemoryError as error:
         return {**vars(row), "error": str(error).partition("\n")[0][:200]}
@@ -143,7 +145,8 @@ def main() -> None:
     parser.add_argument("--most-layers", type=int, default=28 if cuda else 2)
     parser.add_argument("--most-tokens", type=int, default=32768 if cuda else 4096)
     parser.add_argument("--most-K", type=int, default=256 if cuda else 16)
-    parser.add_argument("--rounds", type=int, default=8 if cuda else 3)
+    parser.add_argument("--rounds", type=int, default=5 if cuda else 3)
+    parser.add_argument("--in-a-row", type=int, default=4 if cuda else 1, help="steps of a round")
     parser.add_argument("--budget-s", type=float, default=240, help="starts no row after it")
     options = parser.parse_args()
     model, shape, rates, done = None, None, None, []

@@ -20,7 +20,7 @@ import scaling
 import speed
 import torch
 import torch.distributed as dist
-from common import interleaved, peak, ratio, write
+from common import interleaved, peak, ratio, repeated, write
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -46,7 +46,9 @@ def measure(models: dict[str, Any], row: scaling.Row, options: argparse.Namespac
         runs = scaling.forwards(model, row, getattr(torch, options.dtype))
         for who, (forward, wanted) in runs.items():
             steps[f"{who}, {where}"] = speed.stepped(forward, wanted)
-    times = interleaved(steps, options.rounds)
+    loops = {who: repeated(step, options.in_a_row) for who, step in steps.items()}
+    times = interleaved(loops, options.rounds, warmup=1)
+    times = {who: [t / options.in_a_row for t in own] for who, own in times.items()}
     peaks = {who: peak(step) / 2**20 for who, step in steps.items()}
     return {
         **vars(row),
@@ -70,7 +72,8 @@ def main() -> None:
     parser.add_argument("--most-tokens", type=int, default=16384 if cuda else 2048)
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
     parser.add_argument("--toy", action="store_true", help="tiny widths, to try the script")
-    parser.add_argument("--rounds", type=int, default=8 if cuda else 3)
+    parser.add_argument("--rounds", type=int, default=5 if cuda else 3)
+    parser.add_argument("--in-a-row", type=int, default=4 if cuda else 1, help="steps of a round")
     options = parser.parse_args()
     options.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
     if cuda:

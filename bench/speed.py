@@ -2,8 +2,9 @@
 
 A step is a forward and a backward: to the input embeddings for the base, which is all that a frozen
 model has to do, and to the adapter for the others. All contenders of a row run interleaved in one
-process, on weights of their own or shared ones, with PEFT's same method beside ours. "apart" is
-ours without the fused form of the variant.
+process, on weights of their own or shared ones, with PEFT's same method beside ours. A round is
+several steps, launched as a training loop launches them: without a wait for the GPU between them.
+"apart" is ours without the fused form of the variant.
 
     eager           as a training loop runs it
     checkpointing   with each block computed again in backward
@@ -27,7 +28,7 @@ from typing import Any
 
 import peft
 import torch
-from common import interleaved, peak, peft_config, qwen3, ratio, replayed, write
+from common import interleaved, peak, peft_config, qwen3, ratio, repeated, replayed, write
 from overhead import LINEAR, Q_V
 from torch import Tensor
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -192,7 +193,9 @@ def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         except (torch.OutOfMemoryError, RuntimeError) as error:
             errors[who] = str(error).partition("\n")[0][:200]
         gc.collect()
-    times = interleaved(steps, options.rounds)
+    loops = {who: repeated(step, options.in_a_row) for who, step in steps.items()}
+    times = interleaved(loops, options.rounds)
+    times = {who: [t / options.in_a_row for t in own] for who, own in times.items()}
     peaks = {who: peak(step) / 2**20 for who, step in steps.items()}
     return {
         **vars(row),
@@ -200,7 +203,7 @@ def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         "over base": {who: ratio(times, who, "base") for who in steps},
         "mebibytes": peaks,
         "errors": errors,
-        "seconds of each round": times,
+        "seconds of a step, in each round": times,
     }
 
 
@@ -216,7 +219,8 @@ def main() -> None:
     parser.add_argument("--most-layers", type=int, default=32 if cuda else 2)
     parser.add_argument("--most-tokens", type=int, default=2048 if cuda else 64)
     parser.add_argument("--r", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=12 if cuda else 3)
+    parser.add_argument("--rounds", type=int, default=8 if cuda else 3)
+    parser.add_argument("--in-a-row", type=int, default=4 if cuda else 1, help="steps of a round")
     parser.add_argument("--no-peft", dest="peft", action="store_false")
     options = parser.parse_args()
     ways = options.ways or [

@@ -110,8 +110,6 @@ class AdaptedLayer(StandIn, Holder):
         if torch.compiler.is_compiling() or in_transform() or not is_plain_linear(layer):
             return False
         W = layer._parameters["weight"]
-        if is_small(x, W):
-            return False
         plain = type(x) is Tensor and type(W) in (Tensor, nn.Parameter) and not W.requires_grad
         alike = W.dtype == x.dtype and W.device == x.device
         return plain and alike and not autocast_on(x.device)
@@ -238,24 +236,6 @@ class AdaptedLayer(StandIn, Holder):
         own = self._weight.layer._parameters
         reads = own if self._site.variant.card.reads == "rows" else ["bias"]
         return [*self.places(), *((own, name) for name in reads)]
-
-
-SMALL = 2**23
-"""Entries of an output, below which a GPU waits for its CPU. There the fused form takes longer: it
-saves kernels' time, and costs Python's. On an H200, 2048 x 3072 took longer, and 4096 x 4096 not.
-"""
-
-
-def is_small(x: Tensor, W: Tensor) -> bool:
-    """Whether a GPU would compute a training step of a layer faster than its CPU can ask for it.
-
-    On the device "meta", which counts for a GPU, as there.
-    """
-    if x.device.type not in ("cuda", "meta") or not torch.is_grad_enabled():
-        return False
-    rows = x.numel() // max(x.shape[-1], 1)
-    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return rows * max(W.shape) < SMALL and not captured
 
 
 def misplaced(path: str, shape: tuple[int, ...], n: int, each: int) -> str:
