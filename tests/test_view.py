@@ -136,7 +136,8 @@ def test_equals_functional_call(variant):
 
     assert torch.equal(call(params).logits, adapter(model, params, batch).logits)
     given = grad(lambda p: call(p).loss)(params)
-    assert largest(given, grad(loss_of(model, adapter, batch))(params)) == 0
+    # To rounding: in a transform a bound view prepares layer by layer, and a call together.
+    assert largest(given, grad(loss_of(model, adapter, batch))(params)) <= 1e-6
 
 
 @over_variants
