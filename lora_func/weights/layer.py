@@ -71,7 +71,7 @@ class LayerWeight(Weight):
 
     @property
     def input_dtype(self) -> torch.dtype | None:
-        """The dtype that the layer's input most likely has; None if nothing tells."""
+        """The dtype that the layer's input has, if the layer takes only one."""
         return torch_hooks.stored_weight(self.layer).dtype
 
     @property
