@@ -36,8 +36,9 @@ def offloading(module: Any) -> Any:
 def device_of(module: Any, tensor: Tensor) -> torch.device:
     """The device where the module computes with its `tensor`."""
     hook = offloading(module)
-    offloaded = hook is not None and tensor.is_meta
-    return torch.device(hook.execution_device) if offloaded else tensor.device
+    if hook is not None and tensor.is_meta:
+        return torch.device(hook.execution_device)
+    return tensor.device
 
 
 def onloaded(module: Any, name: str, tensor: Tensor) -> Tensor:
