@@ -132,17 +132,12 @@ class OneLevel(_SingleLevelFunction):
 
 def in_transform() -> bool:
     """Whether a torch.func transform runs in this thread, or forward-mode autograd in any."""
-    return in_functorch() or in_forward_mode()
+    return in_functorch() or forward_ad._current_level >= 0
 
 
 def in_functorch() -> bool:
     """Whether a torch.func transform runs in this thread."""
     return peek_interpreter_stack() is not None
-
-
-def in_forward_mode() -> bool:
-    """Whether forward-mode autograd runs, in any thread."""
-    return forward_ad._current_level >= 0
 
 
 def is_batched(t: Tensor) -> bool:
