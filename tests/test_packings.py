@@ -14,6 +14,8 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vjp, vmap
 
 import lora_func as lf
+from lora_func.variant import Weight
+from lora_func.weights.product import frozen_product
 
 ALL = lf.Targets(roles=())
 READS: list[nn.Module] = []  # the layers whose matrix was unpacked, in turn
@@ -144,10 +146,22 @@ def twice(function: Any) -> Any:
     return derivative
 
 
+def left_over(function: Any) -> Any:
+    """The gradient of a function, through a tensor that another gradient left over."""
+
+    def run(x: Tensor) -> Tensor:
+        left = []
+        grad(lambda y: (left.append(y * x), y.sum())[1])(x)
+        return function(left[0])
+
+    return grad(run)
+
+
 TRANSFORMS = {
     "nothing": lambda f: f,
     "grad": grad,
     "vjp called later": called_later,
+    "grad of what a grad left over": left_over,
     "jacrev": torch.func.jacrev,
     "jacfwd": torch.func.jacfwd,
     "hessian": torch.func.hessian,
@@ -196,6 +210,18 @@ def test_a_gradient_reads_the_matrix_anew(reads):
     reads.clear()
     grad(loss)(params)
     assert len(reads) == n
+
+
+@pytest.mark.parametrize("needs", [True, False])
+def test_a_product_has_a_gradient_if_its_input_has_one(needs):
+    """The matrix is frozen, even if it says that it requires grad."""
+
+    class Trained(Weight):
+        opaque = True
+        matrix = torch.ones(3, 2, requires_grad=True)
+
+    x = torch.ones(1, 2, requires_grad=needs)
+    assert frozen_product(x, Trained.__new__(Trained)).requires_grad == needs
 
 
 def test_functionalize_is_refused():

@@ -35,8 +35,10 @@ def offloading(module: Any) -> Any:
 
 def device_of(module: Any, tensor: Tensor) -> torch.device:
     """The device where the module computes with its `tensor`."""
-    hook = offloading(module) if tensor.is_meta else None
-    return tensor.device if hook is None else torch.device(hook.execution_device)
+    hook = offloading(module)
+    if hook is not None and tensor.is_meta:
+        return torch.device(hook.execution_device)
+    return tensor.device
 
 
 def onloaded(module: Any, name: str, tensor: Tensor) -> Tensor:

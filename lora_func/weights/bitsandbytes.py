@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .layer import LayerWeight
@@ -57,8 +56,8 @@ class Packed4bitWeight(LayerWeight):
         return getattr(self.layer, "quant_state", None) if state is None else state
 
     @property
-    def input_dtype(self) -> torch.dtype:
-        return self.state.dtype  # the layer takes any; this is that of the model before packing
+    def input_dtype(self) -> None:
+        return None
 
     @property
     def inference_only(self) -> bool:

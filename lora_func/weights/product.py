@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..libraries.functorch import applied, in_forward_mode, in_functorch, through_transform
+from ..libraries.functorch import applied, in_functorch, through_transform
 from ..variant import Weight
 
 
@@ -33,15 +33,16 @@ def frozen_product(x: Tensor, weight: Weight, transpose: bool = False) -> Tensor
             lambda grad: frozen_product(grad, weight, not transpose),
             x,
         )
-    if in_forward_mode() or (x.requires_grad and torch.is_grad_enabled()):
+    if x.requires_grad and torch.is_grad_enabled():
         return applied(ProductWithJvp, x, weight, transpose)
     return product(x, weight, transpose)
 
 
 def product(x: Tensor, weight: Weight, transpose: bool) -> Tensor:
-    """`frozen_product` without derivatives."""
-    W = weight.dense().to(x.dtype)
-    return x @ W if transpose else F.linear(x, W)
+    """`frozen_product` without a backward."""
+    with torch.no_grad():  # W is frozen, whatever its layer says
+        W = weight.dense().to(x.dtype)
+        return x @ W if transpose else F.linear(x, W)
 
 
 class Product(torch.autograd.Function):
