@@ -12,17 +12,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import roofline
 import speed
 import torch
-from common import interleaved, peak, qwen3, ratio, repeated, write
+from common import commit, interleaved, peak, qwen3, ratio, repeated, write
 from torch import Tensor
 
 import lora_func as lf
@@ -118,6 +120,7 @@ def measure(model: Any, row: Row, options: argparse.Namespace) -> dict[str, Any]
         return {**vars(row), "error": str(error).partition("\n")[0][:200]}
     return {
         **vars(row),
+        "commit": commit(),
         "sequences": row.sequences,
         "milliseconds": {who: 1e3 * statistics.median(ts) for who, ts in times.items()},
         "over base": ratio(times, "ours", "base"),
@@ -147,12 +150,18 @@ def main() -> None:
     parser.add_argument("--most-K", type=int, default=256 if cuda else 16)
     parser.add_argument("--rounds", type=int, default=5 if cuda else 3)
     parser.add_argument("--in-a-row", type=int, default=4 if cuda else 1, help="steps of a round")
+    parser.add_argument("--after", type=Path, help="a file of results, whose rows are kept")
     parser.add_argument("--budget-s", type=float, default=240, help="starts no row after it")
     options = parser.parse_args()
     model, shape, rates, done = None, None, None, []
+    if options.after:
+        found = json.loads(options.after.read_text(encoding="utf-8"))
+        rates, done = roofline.Rates(**found["rates"]), found["rows"]
+    names = [field.name for field in dataclasses.fields(Row)]
+    there = [Row(**{name: row[name] for name in names}) for row in done]
     for row in rows():
         fits = options.most_tokens >= row.tokens and options.most_K >= row.K
-        if row.shape not in options.shapes or not fits:
+        if row.shape not in options.shapes or not fits or row in there:
             continue
         if time.monotonic() - began > options.budget_s:
             print("the budget is used up: the rows that follow are left out")
@@ -169,7 +178,7 @@ def main() -> None:
         gc.collect()
         shown = done[-1].get("error", "{over base:.2f}, +{mebibytes over base:,.0f} MiB")
         print(*vars(row).values(), "|", shown.format_map(done[-1]), flush=True)
-        write("scaling", done, settings=vars(options), rates=vars(rates))
+        write("scaling", done, settings={**vars(options), "after": None}, rates=vars(rates))
 
 
 if __name__ == "__main__":

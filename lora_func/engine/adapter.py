@@ -416,7 +416,7 @@ class Adapter:
         for layer in adapted:
             layer.settle(call, active, each)
         if call:
-            prepare_ahead(adapted)
+            prepare_ahead(model, adapted)
         for path, n in experts_apart(held).items():
             virtual_experts(view.get_submodule(path), n, path)
         return View(view, adapted, held, parameters, versions)

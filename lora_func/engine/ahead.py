@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..libraries.functorch import applied, copy_together, in_transform
 from .examples import Entries
@@ -15,18 +15,18 @@ from .layer import AdaptedLayer
 from .together import fitting, kind_of, prepare_together
 
 
-def prepare_ahead(layers: Sequence[AdaptedLayer]) -> None:
+def prepare_ahead(model: nn.Module, layers: Sequence[AdaptedLayer]) -> None:
     """Gives each layer its prepared parameters for the whole call.
 
     Equal layers prepare together, if their variant says so. And one kernel rounds the parameters of
     all others to the dtype of their inputs. Layer by layer, hundreds of small ones would run before
     the model has its first.
     """
-    eager = not torch.compiler.is_compiling()
+    eager, likely = not torch.compiler.is_compiling(), dtype_of(model)
     groups: dict[Any, list[tuple[AdaptedLayer, Entries]]] = defaultdict(list)
     alone: list[tuple[AdaptedLayer, torch.dtype | None]] = []
     for layer in layers:
-        dtype, variant, shared = layer.dtype_ahead(), layer._site.variant, layer._site.shared
+        dtype, variant, shared = layer.dtype_ahead(likely), layer._site.variant, layer._site.shared
         if dtype is not None and eager and variant.prepares_together:
             entries = layer.plain()
             kind = kind_of(layer._weight, entries, shared)
@@ -72,6 +72,14 @@ def prepare_alone(
         rounded = applied(RoundTogether, dtype, *(params[name] for params, name in places))
         for (params, name), t in zip(places, rounded):
             params[name] = t
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """That of the first parameter that is not packed, and so most likely of the activations."""
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter and parameter.is_floating_point():
+            return parameter.dtype
+    return torch.float32
 
 
 class RoundTogether(torch.autograd.Function):

@@ -207,14 +207,15 @@ class AdaptedLayer(StandIn, Holder):
         known = self._weight.input_dtype is not None
         return known and (self._kept is None or not self._kept.still())
 
-    def dtype_ahead(self) -> torch.dtype | None:
+    def dtype_ahead(self, likely: torch.dtype) -> torch.dtype | None:
         """For which dtype of inputs to prepare before there is any; None if nothing is to be.
 
-        Under autocast, or if the layer takes several, float32: casts to another then come last.
+        `likely`: of a layer that takes several. Under autocast, float32 or wider: casts to another
+        then come last.
         """
         if not (overrides(self._site.variant, "prepare") and self._weight.at_hand):
             return None
-        dtype = self._weight.input_dtype or torch.float32
+        dtype = self._weight.input_dtype or likely
         if autocast_on(self._weight.device):
             return torch.promote_types(dtype, torch.float32)
         return dtype

@@ -28,10 +28,10 @@ def gate_backward(grad: Tensor, y: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """Of `gate`: `grad + grad ∘ d`, and the sum of `grad ∘ y` over all rows, `[n]`."""
     dy, n = torch.empty_like(grad), d.shape[0]
     rows = y.numel() // n
-    parts = triton.cdiv(rows, 128)
+    parts = triton.cdiv(rows, 32)
     sums = torch.empty(parts, n, dtype=torch.float32, device=y.device)
-    grid = parts, triton.cdiv(n, 128)
-    gate_backward_kernel[grid](grad, y, d, dy, sums, rows, n, STEPS=8, BLOCK_R=16, BLOCK_N=128)
+    grid = parts, triton.cdiv(n, 512)
+    gate_backward_kernel[grid](grad, y, d, dy, sums, rows, n, STEPS=4, BLOCK_R=8, BLOCK_N=512)
     return dy, sums.sum(0).to(d.dtype)
 
 

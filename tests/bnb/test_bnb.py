@@ -233,6 +233,22 @@ def test_norms_are_those_of_the_dequantized_weight(kind, device):
     assert largest(given, expected) <= 1e-5
 
 
+def test_parameters_are_rounded_before_the_first_layer(device):
+    """To the dtype that the embeddings have, all at once, and not in each layer."""
+    packed = with_layers(llama().to(device), nn.Linear, functools.partial(pack_wide, device=device))
+    packed, batch = packed.bfloat16(), batch_on(device)
+    adapter, params = adapt(packed, lf.DoRA(r=2), device)
+    view = adapter.view(packed, params, call=True)
+    kept = [t for layer in view.layers for t in layer._kept.entries.params.values()]
+    assert {t.dtype for t in kept} == {torch.bfloat16}
+    assert adapter(packed, params, batch).logits.isfinite().all()
+
+
+def pack_wide(layer: nn.Linear, device: str) -> Any:
+    """`layer`, packed from bfloat16."""
+    return pack(layer.bfloat16(), "nf4", device)
+
+
 def test_hessian(device):
     first, rest = pack(nn.Linear(64, 8), "nf4", device), (nn.Tanh(), nn.Linear(8, 1).to(device))
     packed, plain = nn.Sequential(first, *rest), nn.Sequential(unpack(first).to(device), *rest)
