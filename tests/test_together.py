@@ -18,15 +18,15 @@ over_variants = pytest.mark.parametrize("name", TOGETHER)
 
 
 class Blocks(nn.Module):
-    """Three layers of one shape, and three of another. It runs the first `blocks` of each."""
+    """Four layers of one shape, and four of another. It runs the first `blocks` of each."""
 
     def __init__(self, bias: bool):
         super().__init__()
-        self.up = nn.ModuleList(nn.Linear(16, 32, bias) for _ in range(3))
-        self.down = nn.ModuleList(nn.Linear(32, 16, bias) for _ in range(3))
+        self.up = nn.ModuleList(nn.Linear(16, 32, bias) for _ in range(4))
+        self.down = nn.ModuleList(nn.Linear(32, 16, bias) for _ in range(4))
         self.double()
 
-    def forward(self, x, blocks=3):
+    def forward(self, x, blocks=4):
         for up, down in list(zip(self.up, self.down))[:blocks]:
             x = x + down(up(x).tanh())
         return x
@@ -43,7 +43,7 @@ def adapted(variant, bias=True):
     return model, adapter, leaves, torch.randn(6, 16, dtype=torch.float64)
 
 
-def run(model, adapter, leaves, x, blocks=3):
+def run(model, adapter, leaves, x, blocks=4):
     """The output, and the gradient of each leaf."""
     out = adapter(model, leaves, {"x": x, "blocks": blocks})
     loss = (out * torch.linspace(-1, 1, out.numel()).to(out).view_as(out)).sum()
@@ -125,15 +125,17 @@ COUNTS: list[torch.dtype] = []
 
 
 def test_once_for_a_shape(monkeypatch):
-    """As many as fit are stacked at a time; one that is left over prepares alone."""
+    """As many as fit are stacked at a time, and too few prepare alone."""
     COUNTS.clear()
     parts = adapted(Counting(r=2))
     whole = run(*parts)
     assert len(COUNTS) == 2  # shapes
-    monkeypatch.setattr(together, "MOST", 2 * (2 * 16 + 2 * 32 + 2 * 32))
-    COUNTS.clear()
-    check_equal(run(*parts), whole)
-    assert len(COUNTS) == 4
+    monkeypatch.setattr(together, "MOST", 3 * (2 * 16 + 2 * 32 + 2 * 32))
+    for fewest, counts in ((2, 4), (4, 8)):
+        monkeypatch.setattr(together, "FEWEST", fewest)
+        COUNTS.clear()
+        check_equal(run(*parts), whole)
+        assert len(COUNTS) == counts
 
 
 def test_a_bound_view_prepares_together():

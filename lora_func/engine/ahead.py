@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..libraries.functorch import applied, copy_together, in_transform
+from . import together
 from .examples import Entries
 from .layer import AdaptedLayer
-from .together import fitting, kind_of, prepare_together
 
 
 def prepare_ahead(model: nn.Module, layers: Sequence[AdaptedLayer]) -> None:
@@ -29,35 +29,33 @@ def prepare_ahead(model: nn.Module, layers: Sequence[AdaptedLayer]) -> None:
         dtype, variant, shared = layer.dtype_ahead(likely), layer._site.variant, layer._site.shared
         if dtype is not None and eager and variant.prepares_together:
             entries = layer.plain()
-            kind = kind_of(layer._weight, entries, shared)
+            kind = together.kind_of(layer._weight, entries, shared)
             groups[variant, dtype, shared, kind].append((layer, entries))
         else:
             alone.append((layer, dtype))
     for (variant, dtype, shared, _), group in groups.items():
-        size = fitting(group[0][1], shared)
+        size = together.fitting(group[0][1], shared)
         for i in range(0, len(group), size):
             members, entries = zip(*group[i : i + size])
-            if len(members) == 1:
-                alone.append((members[0], dtype))
+            if len(members) < together.FEWEST:
+                alone += [(layer, dtype) for layer in members]
                 continue
             weights = [layer._weight for layer in members]
-            made = prepare_together(variant, weights, entries, shared, dtype)
+            made = together.prepare_together(variant, weights, entries, shared, dtype)
             for layer, prepared in zip(members, made):
                 layer.take(prepared)
-    prepare_alone(alone, together=eager and not in_transform())
+    prepare_alone(alone, at_once=eager and not in_transform())
 
 
-def prepare_alone(
-    layers: Sequence[tuple[AdaptedLayer, torch.dtype | None]], together: bool
-) -> None:
-    """Each layer prepares its parameters. `together`: all of them are rounded by one kernel."""
+def prepare_alone(layers: Sequence[tuple[AdaptedLayer, torch.dtype | None]], at_once: bool) -> None:
+    """Each layer prepares its parameters. `at_once`: all of them are rounded by one kernel."""
     # Constants apart from leaves: of one function, all outputs would require grad.
     waiting: dict[Any, list[tuple[dict[str, Tensor], str]]] = defaultdict(list)
     for layer, dtype in layers:
         if dtype is None:
             layer.take(layer.plain())
             continue
-        if not (together and layer._site.variant.rounds_last):
+        if not (at_once and layer._site.variant.rounds_last):
             layer.take(layer.prepare_for(dtype))
             continue
         wide = dtype
