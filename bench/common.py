@@ -65,7 +65,10 @@ def read(name: str) -> tuple[dict[str, Any], str]:
     where = result["where"]
     packages = ("torch", "transformers", "peft", "bitsandbytes")
     versions = ", ".join(f"{name} {where[name]}" for name in packages if name in where)
-    ran_on = f"{where['device']}; {versions}; commit {where['commit']}"
+    rows = result["rows"] if isinstance(result["rows"], list) else result["rows"]["methods"]
+    commits = dict.fromkeys(row.get("commit", where["commit"]) for row in rows)
+    said = f"commit {where['commit']}" if len(commits) < 2 else f"commits {', '.join(commits)}"
+    ran_on = f"{where['device']}; {versions}; {said}"
     return result, ran_on
 
 

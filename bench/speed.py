@@ -28,7 +28,7 @@ from typing import Any
 
 import peft
 import torch
-from common import interleaved, peak, peft_config, qwen3, ratio, repeated, replayed, write
+from common import commit, interleaved, peak, peft_config, qwen3, ratio, repeated, replayed, write
 from overhead import LINEAR, Q_V
 from torch import Tensor
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -199,6 +199,8 @@ def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     peaks = {who: peak(step) / 2**20 for who, step in steps.items()}
     return {
         **vars(row),
+        "commit": commit(),
+        "in a row": options.in_a_row,
         "milliseconds": {who: 1e3 * statistics.median(ts) for who, ts in times.items()},
         "over base": {who: ratio(times, who, "base") for who in steps},
         "mebibytes": peaks,

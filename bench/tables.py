@@ -304,7 +304,12 @@ def speed(kind: str) -> str:
         )
     headers = ["model and batch", "way", "variant", "base, ms", "ours", "ours, apart", "ours, grad"]
     table = markdown(rows, [*headers, "PEFT", "GiB over base", "PEFT: GiB"])
-    return f"{table}\n\nTimes over the base's; {result['settings']['dtype']}, r=32. {ran_on}."
+    several = max(row["in a row"] for row in result["rows"])
+    about = (
+        f"Times over the base's; {result['settings']['dtype']}, r=32. A round is up to {several} "
+        "steps without a wait between them; of compiled steps and of populations it is one."
+    )
+    return f"{table}\n\n{about} {ran_on}."
 
 
 def kernels(kind: str) -> str:
@@ -669,6 +674,24 @@ def scaling_70b() -> str:
     return f"{markdown(cells, headers)}\n\n{about}"
 
 
+def sharded(kind: str) -> str:
+    """A base on one GPU, and its shards on several."""
+    result, ran_on = read(f"sharded-{kind}")
+    rows = []
+    for row in result["rows"]:
+        rows.append([row["variant"], f"{row['tokens']:,}"])
+        for where in ("whole", "sharded"):
+            rows[-1] += [
+                f"{row['milliseconds'][f'base, {where}']:.0f}",
+                f"{row['over base'][where]:.2f}",
+                f"{row['mebibytes over base'][where]:,.0f}",
+            ]
+    each, last = ["base, ms", "time / base", "MiB over base"], result["rows"][-1]
+    headers = ["variant", "tokens of a GPU", *each, *(f"sharded: {name}" for name in each)]
+    about = f"{last['layers']} layers of the 8B shape on {last['GPUs']} GPUs, all linear layers"
+    return f"{markdown(rows, headers)}\n\n{about}, r={last['r']}, bfloat16. {ran_on}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "init-h200": lambda: init("h200"),
     "decompositions-h200": lambda: decompositions("h200"),
@@ -709,6 +732,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "population-cpu": lambda: population("cpu"),
     "population-h100": lambda: population("h100"),
     "multilora-cpu": lambda: multilora("cpu"),
+    "sharded-h200": lambda: sharded("h200"),
     "speed-h200": lambda: speed("h200"),
     "kernels-h200": lambda: kernels("h200"),
     "decode-h200": lambda: decode("h200"),
