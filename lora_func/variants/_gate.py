@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import takes
-from ..libraries.functorch import applied
+from ..libraries.functorch import applied, in_transform
 
 
 def gated(y: Tensor, d: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def gated(y: Tensor, d: Tensor) -> Tensor:
     The sum is made before it is rounded: in bfloat16, 1 + d would lose a small d. Backward makes
     the gradient of y in one kernel, where autograd would add up two tensors of its size.
     """
-    if torch.compiler.is_compiling():  # which traces no jvp, and fuses the sum itself
+    if torch.compiler.is_compiling() or in_transform():  # a custom function takes 0.6 ms in these
         return torch.addcmul(y, y, d)
     return applied(Gated, y, d)
 
@@ -35,7 +35,7 @@ def is_large(*tensors: Tensor) -> bool:
 
 
 def gate(y: Tensor, d: Tensor) -> Tensor:
-    """`y + y ∘ d`, without derivatives."""
+    """`y + y ∘ d`, by whichever kernel is faster."""
     if is_large(y, d):
         from ..kernels import programs  # noqa: PLC0415  (which imports Triton)
 
@@ -46,19 +46,13 @@ def gate(y: Tensor, d: Tensor) -> Tensor:
 class Gated(torch.autograd.Function):
     """`gated` for autograd."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(y, d):  # pyright: ignore
+    def forward(ctx: Any, y: Tensor, d: Tensor):  # pyright: ignore
+        ctx.save_for_backward(y, d)
         return gate(y, d)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad):  # pyright: ignore
+    def backward(ctx: Any, grad: Tensor):  # pyright: ignore
         y, d = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
             return gate(grad, d), None
@@ -67,8 +61,3 @@ class Gated(torch.autograd.Function):
 
             return programs.gate_backward(grad, y, d)
         return torch.addcmul(grad, grad, d), (grad * y).sum_to_size(d.shape)
-
-    @staticmethod
-    def jvp(ctx: Any, dy, dd):  # pyright: ignore
-        y, d = ctx.saved_tensors
-        return torch.addcmul(dy, dy, d) + y * dd
