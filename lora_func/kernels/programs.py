@@ -8,6 +8,8 @@ backward passes over the matrix six times, where three are enough. A few rows: t
 low-rank update take longer to start than to run, so one kernel does both.
 """
 
+# A kernel is launched as `kernel[grid](..)`.
+# pyright: reportIndexIssue=false
 from __future__ import annotations
 
 import torch
