@@ -674,6 +674,23 @@ def scaling_70b() -> str:
     return f"{markdown(cells, headers)}\n\n{about}"
 
 
+def together() -> str:
+    """Equal layers that prepare at once, and one by one."""
+    result, ran_on = read("together-cpu")
+    rows = [
+        [
+            row["variant"],
+            *(f"{row['over base'][who]:.2f}" for who in ("together", "alone")),
+            f"{row['together over alone']:.2f}",
+        ]
+        for row in sorted(result["rows"], key=lambda row: row["together over alone"])
+    ]
+    s = result["settings"]
+    about = f"{s['blocks']} blocks, all linear layers, r={s['r']}, float32, one thread"
+    table = markdown(rows, ["variant", "together", "one by one", "ratio"])
+    return f"{table}\n\nA training step over the base's: {about}. {ran_on}."
+
+
 def sharded(kind: str) -> str:
     """A base on one GPU, and its shards on several."""
     result, ran_on = read(f"sharded-{kind}")
@@ -732,6 +749,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "population-cpu": lambda: population("cpu"),
     "population-h100": lambda: population("h100"),
     "multilora-cpu": lambda: multilora("cpu"),
+    "together-cpu": together,
     "sharded-h200": lambda: sharded("h200"),
     "speed-h200": lambda: speed("h200"),
     "kernels-h200": lambda: kernels("h200"),

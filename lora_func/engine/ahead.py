@@ -27,8 +27,9 @@ def prepare_ahead(model: nn.Module, layers: Sequence[AdaptedLayer]) -> None:
     alone: list[tuple[AdaptedLayer, torch.dtype | None]] = []
     for layer in layers:
         dtype, variant, shared = layer.dtype_ahead(likely), layer._site.variant, layer._site.shared
-        if dtype is not None and eager and variant.prepares_together:
-            entries = layer.plain()
+        entries = layer.plain()
+        own = entries.params.keys() - shared
+        if dtype is not None and eager and variant.prepares_together and own:
             kind = together.kind_of(layer._weight, entries, shared)
             groups[variant, dtype, shared, kind].append((layer, entries))
         else:
