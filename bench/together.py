@@ -1,8 +1,8 @@
 """What it saves that equal layers prepare together: a step with and without, interleaved.
 
-The model has the architecture of Qwen3 and widths so small that all of its time is Python and
-PyTorch asking for kernels. All 7 linear layers of its blocks are adapted, so there are as many equal
-layers as blocks. `python bench/together.py --help`
+The model has the architecture of Qwen3 and widths so small that nearly all of its time is Python
+and PyTorch asking for kernels. All 7 linear layers of its blocks are adapted, so there are as many
+equal layers as blocks, or twice that. `python bench/together.py --help`
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from lora_func.engine import together
 
 SIZES = {
     "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
+    "hidden_size": 256,
+    "intermediate_size": 512,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
+    "head_dim": 128,
 }
 
 
