@@ -47,7 +47,7 @@ def with_fewest(fewest: float, step: Callable[[], Any]) -> Callable[[], Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=12)
-    parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(1)
