@@ -233,7 +233,8 @@ class Variant(abc.ABC, metaclass=VariantType):
     prepares_together: ClassVar[bool] = False
     """Whether `prepare` runs once for all equal layers, under vmap over them.
 
-    Worth it if it does more than casts. Of the weight, it may then use `weight(z)`, its bias, shape
+    Worth it if it does more than casts, and makes no more entries than a few times those of the
+    leaves: they are copied. Of the weight, it may then use `weight(z)`, its bias, shape
     and device. A subclass that overrides `prepare` says it anew: False, unless it says True.
     """
 

@@ -38,7 +38,6 @@ class ABBA(Product):
         reads="init",
         lr=0.01,
     )
-    prepares_together = True
 
     r: int = 8
     """Rank of each of the two products, from 1 to min(d_in, d_out)."""

@@ -47,7 +47,6 @@ class LoHa(Product):
         peft=Peft("LoHaConfig"),
         beside_peft="the same function; PEFT forms the dense update",
     )
-    prepares_together = True
 
     r: int = 8
     """Rank of each of the two products, at least 1. The rank of the update is r² at most."""
