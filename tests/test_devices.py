@@ -7,6 +7,7 @@ are beside a GPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -124,6 +125,29 @@ def test_transforms(where, tmp_path):
     model = OFFLOADED["map"](tiny_llama().requires_grad_(False), tmp_path / "map")
     with pytest.raises(lf.LoraFuncError, match=r"offloads to the disk[.] Use lf"):
         grad(params)
+
+
+def test_a_bound_view_keeps_what_it_prepared(tmp_path):
+    """Without gradients, of layers whose weights come and go."""
+    model, batch = tiny_llama().requires_grad_(False), text_batch()
+    adapter, params = lf.adapt(model, CountingHRA(r=2))
+    view = lf.bind(adapter, OFFLOADED["cpu"](model, tmp_path), params).eval()
+    CountingHRA.count.clear()
+    with torch.no_grad():
+        for _ in range(3):
+            view(**batch)
+    assert len(CountingHRA.count) == len(adapter.targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountingHRA(lf.HRA):
+    """HRA that counts how often it is prepared."""
+
+    count: ClassVar[list[torch.dtype]] = []
+
+    def prepare(self, weight, params, dtype):
+        self.count.append(dtype)
+        return super().prepare(weight, params, dtype)
 
 
 # transformers warns so on a machine with a GPU.

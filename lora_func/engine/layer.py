@@ -200,12 +200,19 @@ class AdaptedLayer(StandIn, Holder):
     def stale(self) -> bool:
         """Whether a bound view has to prepare the parameters at the start of a forward.
 
-        Not if it may keep them, and only the input says in which dtype.
+        Not if that moves the weight, which its own forward does, and not if it may keep them, and
+        only the input says in which dtype.
         """
+        if not self.prepares_ahead():
+            return False
         if not self.keeps():
             return True
         known = self._weight.input_dtype is not None
         return known and (self._kept is None or not self._kept.still())
+
+    def prepares_ahead(self) -> bool:
+        """Whether there is anything to prepare before an input comes."""
+        return overrides(self._site.variant, "prepare") and self._weight.at_hand
 
     def dtype_ahead(self, likely: torch.dtype) -> torch.dtype | None:
         """For which dtype of inputs to prepare before there is any; None if nothing is to be.
@@ -213,7 +220,7 @@ class AdaptedLayer(StandIn, Holder):
         `likely`: of a layer that takes several. Under autocast, float32 or wider: casts to another
         then come last.
         """
-        if not (overrides(self._site.variant, "prepare") and self._weight.at_hand):
+        if not self.prepares_ahead():
             return None
         dtype = self._weight.input_dtype or likely
         if autocast_on(self._weight.device):
