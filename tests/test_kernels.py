@@ -112,6 +112,20 @@ def test_a_large_gate_has_its_derivatives(variant, monkeypatch):
         torch.testing.assert_close(given, other, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_another_device_than_the_current_one():
+    from lora_func.kernels import programs  # noqa: PLC0415
+
+    y, d = (torch.ones(size, device="cuda:1") for size in ((4, 16), (16,)))
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(programs.gate(y, d), y + y * d)
+    dy, dd = programs.gate_backward(y, y, d)
+    assert torch.equal(dy, y + y * d)
+    assert torch.equal(dd, y.sum(0))
+    programs.add_low_rank(y, y.clone(), torch.ones_like(y[:2]), torch.ones(16, 2).to(y), 1.0)
+    assert torch.equal(y, torch.full_like(y, 33))
+
+
 @on_gpu
 @pytest.mark.parametrize("adapters", [1, 4])
 def test_a_bound_view_of_a_few_rows(adapters):

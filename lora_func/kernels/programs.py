@@ -23,7 +23,8 @@ def gate(y: Tensor, d: Tensor) -> Tensor:
     out, n = torch.empty_like(y), d.shape[0]
     rows = y.numel() // n
     grid = triton.cdiv(rows, 16), triton.cdiv(n, 256)
-    gate_kernel[grid](y, d, out, rows, n, BLOCK_R=16, BLOCK_N=256)
+    with torch.cuda.device_of(y):  # Triton takes the current device, whatever that of a tensor
+        gate_kernel[grid](y, d, out, rows, n, BLOCK_R=16, BLOCK_N=256)
     return out
 
 
@@ -34,7 +35,8 @@ def gate_backward(grad: Tensor, y: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     parts = triton.cdiv(rows, 32)
     sums = torch.empty(parts, n, dtype=torch.float32, device=y.device)
     grid = parts, triton.cdiv(n, 512)
-    gate_backward_kernel[grid](grad, y, d, dy, sums, rows, n, STEPS=4, BLOCK_R=8, BLOCK_N=512)
+    with torch.cuda.device_of(y):
+        gate_backward_kernel[grid](grad, y, d, dy, sums, rows, n, STEPS=4, BLOCK_R=8, BLOCK_N=512)
     return dy, sums.sum(0).to(d.dtype)
 
 
@@ -50,9 +52,23 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> No
     each_B = m // B.shape[0] if B.dim() == 3 else m
     width = min(triton.next_power_of_2(i), max(16384 // R, 16))
     grid = triton.cdiv(o, 128), m
-    add_low_rank_kernel[grid](
-        y, x, A, B, scale, o, r, each_A, each_B, i=i, R=R, BLOCK_I=width, BLOCK_O=128, num_warps=8
-    )
+    with torch.cuda.device_of(y):
+        add_low_rank_kernel[grid](
+            y,
+            x,
+            A,
+            B,
+            scale,
+            o,
+            r,
+            each_A,
+            each_B,
+            i=i,
+            R=R,
+            BLOCK_I=width,
+            BLOCK_O=128,
+            num_warps=8,
+        )
 
 
 @triton.jit
