@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..libraries.functorch import applied, copy_together, in_transform
 from . import together
-from .examples import Entries
+from .examples import Entries, prepare
 from .layer import AdaptedLayer
 
 
@@ -24,22 +24,21 @@ def prepare_ahead(model: nn.Module, layers: Sequence[AdaptedLayer]) -> None:
     """
     eager, likely = not torch.compiler.is_compiling(), dtype_of(model)
     groups: dict[Any, list[tuple[AdaptedLayer, Entries]]] = defaultdict(list)
-    alone: list[tuple[AdaptedLayer, torch.dtype | None]] = []
+    alone: list[tuple[AdaptedLayer, Entries, torch.dtype | None]] = []
     for layer in layers:
-        dtype, variant, shared = layer.dtype_ahead(likely), layer._site.variant, layer._site.shared
-        entries = layer.plain()
-        own = entries.params.keys() - shared
-        if dtype is not None and eager and variant.prepares_together and own:
-            kind = together.kind_of(layer._weight, entries, shared)
-            groups[variant, dtype, shared, kind].append((layer, entries))
-        else:
-            alone.append((layer, dtype))
+        site, dtype, entries = layer._site, layer.dtype_ahead(likely), layer.plain()
+        stacks = eager and site.variant.prepares_together and entries.params.keys() - site.shared
+        if dtype is None or not stacks:
+            alone.append((layer, entries, dtype))
+            continue
+        kind = together.kind_of(layer._weight, entries, site.shared)
+        groups[site.variant, dtype, site.shared, kind].append((layer, entries))
     for (variant, dtype, shared, _), group in groups.items():
         size = together.fitting(group[0][1], shared)
         for i in range(0, len(group), size):
             members, entries = zip(*group[i : i + size])
             if len(members) < together.FEWEST:
-                alone += [(layer, dtype) for layer in members]
+                alone += [(layer, own, dtype) for layer, own in zip(members, entries)]
                 continue
             weights = [layer._weight for layer in members]
             made = together.prepare_together(variant, weights, entries, shared, dtype)
@@ -48,22 +47,25 @@ def prepare_ahead(model: nn.Module, layers: Sequence[AdaptedLayer]) -> None:
     prepare_alone(alone, at_once=eager and not in_transform())
 
 
-def prepare_alone(layers: Sequence[tuple[AdaptedLayer, torch.dtype | None]], at_once: bool) -> None:
+def prepare_alone(
+    layers: Sequence[tuple[AdaptedLayer, Entries, torch.dtype | None]], at_once: bool
+) -> None:
     """Each layer prepares its parameters. `at_once`: all of them are rounded by one kernel."""
     # Constants apart from leaves: of one function, all outputs would require grad.
     waiting: dict[Any, list[tuple[dict[str, Tensor], str]]] = defaultdict(list)
-    for layer, dtype in layers:
+    for layer, entries, dtype in layers:
+        variant = layer._site.variant
         if dtype is None:
-            layer.take(layer.plain())
-            continue
-        if not (at_once and layer._site.variant.rounds_last):
-            layer.take(layer.prepare_for(dtype))
+            layer.take(entries)
             continue
         wide = dtype
-        for leaf in layer.leaves().values():
-            wide = wide if leaf.dtype == wide else torch.promote_types(wide, leaf.dtype)
-        params, own, _ = layer.prepare_for(wide)
+        if at_once and variant.rounds_last:
+            for leaf in entries.params.values():
+                wide = wide if leaf.dtype == wide else torch.promote_types(wide, leaf.dtype)
+        params, own, _ = prepare(variant, layer._weight, entries, wide)
         layer.take(Entries(params, own, dtype))
+        if wide == dtype:
+            continue
         for name, t in params.items():
             if t.dtype != dtype and t.is_floating_point():
                 waiting[t.device, t.dtype, t.requires_grad, dtype].append((params, name))

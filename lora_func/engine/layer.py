@@ -227,10 +227,6 @@ class AdaptedLayer(StandIn, Holder):
             return torch.promote_types(dtype, torch.float32)
         return dtype
 
-    def prepare_for(self, dtype: torch.dtype) -> Entries:
-        """The parameters, prepared for inputs of `dtype`."""
-        return prepare(self._site.variant, self._weight, self.plain(), dtype)
-
     def take(self, entries: Entries) -> None:
         """Keeps prepared parameters for a whole call, or forward of a bound view."""
         if self._bound:
