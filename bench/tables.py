@@ -315,10 +315,12 @@ def speed(kind: str) -> str:
 def kernels(kind: str) -> str:
     """What the steps ask of the GPU."""
     result, ran_on = read(f"kernels-{kind}")
-    rows, shown = [], {"ours": "ours", "apart": "ours, apart"}
+    rows: list[list[str]] = []
+    shown = {"ours": "ours", "apart": "ours, apart", "torch.func.grad": "ours, grad"}
     for row in result["rows"]:
         numbers = [f"{row[name]:.1f}" for name in ("milliseconds", "cpu", "wall")]
-        who = f"{row['variant']}, {shown[row['who']]}" if row["who"] in shown else "base"
+        adapter = f"{row['variant']} on {row['targets']}"
+        who = f"{adapter}, {shown[row['who']]}" if row["who"] in shown else "base"
         model = f"{row['shape']}, {row['layers']} layers"
         rows.append([model, row["way"], who, f"{row['kernels']:,}", *numbers])
     rows = [
@@ -327,7 +329,7 @@ def kernels(kind: str) -> str:
         if row[2] != "base" or row[:3] not in [r[:3] for r in rows[:i]]
     ]
     headers = ["model", "way", "step", "kernels", "they run for, ms", "CPU, ms", "step, ms"]
-    return f"{markdown(rows, headers)}\n\nAll linear layers, bfloat16, r=32. {ran_on}."
+    return f"{markdown(rows, headers)}\n\nbfloat16, r=32. {ran_on}."
 
 
 def functional() -> str:

@@ -55,7 +55,7 @@ def prepare_together(
 
     `shared`: the names of what all of them share.
     """
-    first, used = entries[0], Used()
+    first, used = entries[0], set[int]()  # used: layers that got a gradient, in a backward pass
     own = tuple(name for name in first.params if name not in shared)
     stacks = {name: t for name, t in first.params.items() if name in shared}
     for name in own:
@@ -138,17 +138,13 @@ class WeightOfEach(Weight):
         raise NotImplementedError  # all matrices at once: who needs them prepares alone
 
 
-class Used(set[int]):
-    """Which layers of a stack have got a gradient, in a backward pass."""
-
-
-def stacked(tensors: list[Tensor], used: Used) -> Tensor:
+def stacked(tensors: list[Tensor], used: set[int]) -> Tensor:
     """The tensors along a new first axis. In backward, none but those of `used` has a gradient."""
     plain = in_transform() or not (torch.is_grad_enabled() and tensors[0].requires_grad)
     return torch.stack(tensors) if plain else applied(Stack, used, *tensors)
 
 
-def unstacked(t: Tensor, used: Used, axis: int) -> Sequence[Tensor]:
+def unstacked(t: Tensor, used: set[int], axis: int) -> Sequence[Tensor]:
     """The tensors along an axis. In backward, `used` learns which of them got a gradient."""
     plain = in_transform() or not (torch.is_grad_enabled() and t.requires_grad)
     return t.unbind(axis) if plain else applied(Unstack, used, axis, t)
@@ -158,7 +154,7 @@ class Stack(torch.autograd.Function):
     """`stacked` for autograd: a layer that the model does not use has no gradient, not zeros."""
 
     @staticmethod
-    def forward(ctx: Any, used: Used, *tensors: Tensor):  # pyright: ignore
+    def forward(ctx: Any, used: set[int], *tensors: Tensor):  # pyright: ignore
         ctx.used = used
         return torch.stack(tensors)
 
@@ -171,7 +167,7 @@ class Unstack(torch.autograd.Function):
     """`unstacked` for autograd."""
 
     @staticmethod
-    def forward(ctx: Any, used: Used, axis: int, t: Tensor):  # pyright: ignore
+    def forward(ctx: Any, used: set[int], axis: int, t: Tensor):  # pyright: ignore
         ctx.set_materialize_grads(False)
         ctx.used, ctx.axis = used, axis
         return t.unbind(axis)
