@@ -89,6 +89,13 @@ def vision(session: nox.Session) -> None:
     session.run("pytest", "tests/vision", *(session.posargs or ["-n", "auto"]))
 
 
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """The Triton kernels in Triton's interpreter, on the CPU, in seconds."""
+    install(session, "kernels", extras="[hf]")
+    session.run("pytest", "tests/test_kernels.py", env={"TRITON_INTERPRET": "1"})
+
+
 SOAKED = (
     "tests/test_laws.py",
     "tests/test_hostile_files.py::test_mutated_files",

@@ -76,9 +76,8 @@ def main() -> None:
                 continue
             for _ in range(3):
                 step()
-            rows.append(
-                {**vars(row), "who": who, "commit": commit(), **kernels(step), **clocked(step)}
-            )
+            about = {**vars(row), "who": who, "commit": commit()}
+            rows.append({**about, **kernels(step), **clocked(step)})
             print({k: v for k, v in rows[-1].items() if k != "longest"}, flush=True)
             write("kernels", rows, settings=vars(options))
 

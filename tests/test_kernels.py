@@ -1,6 +1,6 @@
 """Each Triton kernel computes what PyTorch does.
 
-On a GPU, or in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/test_kernels.py`.
+On a GPU, or in Triton's interpreter: `nox -s kernels`.
 """
 
 from __future__ import annotations
