@@ -479,6 +479,12 @@ def sweep_about(kind: str) -> str:
     return f"{report.LEGEND} {report.about(result)}"
 
 
+def sweep_solved(kind: str) -> str:
+    """What was generated, and how sure the shares are."""
+    result, _ = read(f"sweep-{kind}")
+    return report.intervals(result, "github")
+
+
 def sweep_findings(kind: str) -> str:
     """What the sweep says, and what it cannot."""
     result, _ = read(f"sweep-{kind}")
@@ -721,6 +727,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sweep-configured": lambda: swept("h200", "configured"),
     "sweep-all-linear": lambda: swept("h200", "all-linear"),
     "sweep-rank": lambda: swept("h200", "rank"),
+    "sweep-solved": lambda: sweep_solved("h200"),
     "sweep-nf4": lambda: swept("h200", "configured, nf4"),
     "parity": lambda: parity("cpu"),
     "cost-headline": cost_headline,

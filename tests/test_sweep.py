@@ -422,6 +422,24 @@ def test_report(swept, tmp_path, capsys):
     assert report.table(summary, "configured", "github").count("\n") == 4
 
 
+def test_a_later_run_adds_the_problems_solved(tmp_path):
+    """It trains the chosen learning rate once more, and measures nothing twice."""
+    wanted = options(tmp_path, steps=3, length=24)
+    model, tokenizer = base(), word_tokenizer()
+    assert run.main(wanted, model, tokenizer)
+    before = rows_of(tmp_path / "out")
+    again = dataclasses.replace(wanted, generate=3)
+    for _ in range(2):
+        assert run.main(again, model, tokenizer)
+    rows = rows_of(tmp_path / "out")
+    added = [row["kind"] for row in rows if row not in before]
+    assert added == ["solved", "solved"]
+    summary = results.summary(results.read([tmp_path / "out" / "results.jsonl"]))
+    counts = [summary["base"]["none"], *summary["rows"]]
+    assert [len(row["solved gsm8k"]["right"]) for row in counts] == [1, wanted.seeds]
+    assert all(row["solved arithmetic"]["of"] == 3 for row in counts)
+
+
 def test_the_interval_holds_the_truth_as_often_as_it_says():
     """Differences with effects of seeds and of problems, whose mean is 0.1 nats per token."""
     rng = np.random.default_rng(0)

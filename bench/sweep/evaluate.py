@@ -78,8 +78,7 @@ def solved(
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, longest - len(row) :], mask[i, longest - len(row) :] = torch.tensor(row), 1
-    owner = torch.arange(K, device=device).repeat_interleave(len(rows))
-    view = base if adapter is None else lf.bind(adapter, base, lf.select(leaves, owner))
+    view = base if adapter is None else lf.bind(adapter, base, leaves, each=len(rows))
     lm: Any = view.lm
     lm.set_attn_implementation("sdpa")
     try:

@@ -77,7 +77,6 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{statistics.fmean(row['text']):.3f}",
         f"{row['milliseconds']:.1f}",
         f"{row['mebibytes']:,.0f}" if row["mebibytes"] else "-",
-        *(f"{statistics.fmean(v['right']) / v['of']:.1%}" for k, v in row.items() if solved(k)),
     ]
 
 
@@ -88,11 +87,9 @@ def solved(key: str) -> bool:
 
 def table(summary: dict[str, Any], chosen: str, form: str) -> str:
     """The groups of one set."""
-    rows = [row for row in summary["rows"] if row["set"] == chosen]
-    more = [key for key in rows[0] if solved(key)]
     return tabulate(
-        [cells(row) for row in rows],
-        headers=[*HEADERS, *MORE, *more],
+        [cells(row) for row in summary["rows"] if row["set"] == chosen],
+        headers=[*HEADERS, *MORE],
         tablefmt=form,
         disable_numparse=True,
     )
@@ -121,7 +118,7 @@ def about(summary: dict[str, Any]) -> str:
     )
 
 
-def intervals(summary: dict[str, Any]) -> str:
+def intervals(summary: dict[str, Any], form: str) -> str:
     """Problems solved, with Wilson's intervals over all seeds; empty if none were generated."""
     rows = []
     named = [(f"base {name}".removesuffix(" none"), row) for name, row in summary["base"].items()]
@@ -132,7 +129,9 @@ def intervals(summary: dict[str, Any]) -> str:
             shares = f"{right / of:.1%}", f"{low:.1%} to {high:.1%}"
             rows.append([label, key.removeprefix("solved "), f"{right} of {of}", *shares])
     headers = ["", "problems", "solved", "share", "95 %"]
-    return tabulate(rows, headers=headers, tablefmt="html") if rows else ""
+    rows.sort(key=lambda row: row[1])  # one kind of problem after the other
+    shown = tabulate(rows, headers=headers, tablefmt=form, disable_numparse=True)
+    return shown if rows else ""
 
 
 def page(summary: dict[str, Any], drawn: dict[str, bytes]) -> str:
@@ -146,7 +145,7 @@ def page(summary: dict[str, Any], drawn: dict[str, bytes]) -> str:
         if name in drawn
     )
     said = "".join(f"<li>{html.escape(line)}</li>" for line in summary["findings"])
-    share = intervals(summary)
+    share = intervals(summary, "html")
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>lora_func: the sweep</title>
 <style>

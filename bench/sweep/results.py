@@ -28,6 +28,7 @@ class Entry:
     about: dict[str, Any]  # of its first pass
     curve: dict[float, list[float]]  # learning rate -> validation loss of each seed, inf: diverged
     test: dict[str, Any]
+    solved: dict[str, Any]  # what was generated: problems, of how many, and how many are right
     seconds: float  # of a step of one member
     bytes: float  # of one member, at the peak
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -111,17 +112,32 @@ def read(paths: Sequence[Path]) -> Table:
                 f"the files were made with different settings: {settings} and {run['settings']}"
             )
     entries = []
+    solved = {row["group"]: solved_of(row) for row in rows if row["kind"] == "solved"}
     for row in rows:
         if row["kind"] == "test" and row["group"] not in {entry.key for entry in entries}:
             passes = [r for r in rows if r["kind"] == "pass" and r["group"] == row["group"]]
-            entries.append(entry_of(row, passes, settings))
+            entries.append(entry_of(row, passes, solved.get(row["group"], {}), settings))
     if not entries:
         raise LoraFuncError("no group is finished yet: run the sweep again, it goes on from there")
-    base = {row["group"].split("|")[1]: row for row in rows if row["kind"] == "base"}
+    base = {
+        row["group"].split("|")[1]: row | solved.get(row["group"], {})
+        for row in rows
+        if row["kind"] == "base"
+    }
     return Table(entries, base, runs[-1]["where"], settings)
 
 
-def entry_of(test: dict[str, Any], passes: list[dict[str, Any]], settings: dict[str, Any]) -> Entry:
+def solved_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The counts of a row, by the kind of problem."""
+    return {key: counts for key, counts in row.items() if key.startswith("solved ")}
+
+
+def entry_of(
+    test: dict[str, Any],
+    passes: list[dict[str, Any]],
+    solved: dict[str, Any],
+    settings: dict[str, Any],
+) -> Entry:
     """One group. Its costs are those of its first, largest pass."""
     curve: dict[float, list[float]] = {}
     for row in passes:
@@ -136,6 +152,7 @@ def entry_of(test: dict[str, Any], passes: list[dict[str, Any]], settings: dict[
         about={k: v for k, v in first.items() if k not in {"curves", "validation"}},
         curve=dict(sorted(curve.items())),
         test=test,
+        solved=solved,
         seconds=first["seconds"] / settings["steps"] / members,
         bytes=first["peak_bytes"] / members,
         rows=passes,
@@ -190,10 +207,9 @@ def summary(table: Table) -> dict[str, Any]:
             "milliseconds": 1e3 * entry.seconds,
             "mebibytes": entry.bytes / 2**20,
         }
-        rows.append(row | {k: v for k, v in entry.test.items() if k.startswith("solved")})
+        rows.append(row | entry.solved)
     base = {
-        name: {k: row[k][0] for k in ("validation", "test", "text")}
-        | {k: v for k, v in row.items() if k.startswith("solved")}
+        name: {k: row[k][0] for k in ("validation", "test", "text")} | solved_of(row)
         for name, row in table.base.items()
     }
     return {

@@ -75,7 +75,7 @@ def main(options: Sweep, base: model.Answers | None = None, tokenizer: Any = Non
 
 
 def test_base(job: Job) -> None:
-    """The row of the untrained base."""
+    """The rows of the untrained base."""
     key = f"base|{job.options.quantization}"
     if not job.results.of("base", key):
         row = {
@@ -85,6 +85,8 @@ def test_base(job: Job) -> None:
             **tests(job, None, {}, validation=True),
         }
         job.results.add(row)
+    if not_solved(job, key):
+        solve(job, key, None, {})
 
 
 def tests(
@@ -101,35 +103,50 @@ def tests(
     found["answer_tokens"] = [int(n) for n in evaluate.answer_tokens(data.test)]
     text = evaluate.losses(job.base, adapter, leaves, data.text)
     found["text"] = evaluate.per_token(text, data.text)
-    if n := job.options.generate:
-        for name, problems in (("gsm8k", data.test[:n]), ("arithmetic", data.arithmetic[:n])):
-            right = evaluate.solved(job.base, adapter, leaves, problems, job.tokenizer)
-            found[f"solved {name}"] = {"of": len(problems), "right": right}
     return found
+
+
+def not_solved(job: Job, group: str) -> bool:
+    """Whether answers are to be generated that are not there."""
+    return bool(job.options.generate) and not job.results.of("solved", group)
+
+
+def solve(job: Job, group: str, adapter: lf.Adapter | None, leaves: dict[str, Tensor]) -> None:
+    """Writes the row of the problems that each seed solves."""
+    n, row = job.options.generate, {"kind": "solved", "run": job.run, "group": group}
+    for name, problems in (("gsm8k", job.data.test[:n]), ("arithmetic", job.data.arithmetic[:n])):
+        right = evaluate.solved(job.base, adapter, leaves, problems, job.tokenizer)
+        row[f"solved {name}"] = {"of": len(problems), "right": right}
+    job.results.add(row)
 
 
 def run_group(job: Job, group: Group) -> None:
     """Trains, chooses and tests one group, as far as that is not done."""
-    if job.results.of("test", group.key):
+    tested = bool(job.results.of("test", group.key))
+    if tested and not not_solved(job, group.key):
         return
     search = Search(job, group)
-    search.grid(first_grid(job.options, group.variant))
-    for _ in range(job.options.extensions):
-        if not (more := extension(search.losses)):
-            break
-        search.grid(more)
+    if not tested:
+        search.grid(first_grid(job.options, group.variant))
+        for _ in range(job.options.extensions):
+            if not (more := extension(search.losses)):
+                break
+            search.grid(more)
     best = min(search.losses, key=lambda lr: search.losses[lr])
     leaves = search.leaves_of(best)
-    row = {
-        "kind": "test",
-        "run": job.run,
-        "group": group.key,
-        "lr": best,
-        "at_end": bool(extension(search.losses)),
-        "file_bytes": size_of_file(job.options.out, search.adapter, leaves),
-        **tests(job, search.adapter, leaves, validation=False),
-    }
-    job.results.add(row)
+    if not tested:
+        row = {
+            "kind": "test",
+            "run": job.run,
+            "group": group.key,
+            "lr": best,
+            "at_end": bool(extension(search.losses)),
+            "file_bytes": size_of_file(job.options.out, search.adapter, leaves),
+            **tests(job, search.adapter, leaves, validation=False),
+        }
+        job.results.add(row)
+    if not_solved(job, group.key):
+        solve(job, group.key, search.adapter, leaves)
     search.best_file.unlink(missing_ok=True)
 
 
