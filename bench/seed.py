@@ -47,12 +47,13 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in options.variants:
         variant = lf.Card.suggested(lf.VARIANTS[name], options.r)
-        adapter, params = lf.adapt(real, variant)
+        targets = lf.Targets(names=variant.card.layers)
+        adapter, params = lf.adapt(real, variant, targets=targets)
         ids = torch.randint(1000, (options.batch, options.tokens))
         batch = {"input_ids": ids, "labels": ids, "use_cache": False}
         on_gpu = {key: t.cuda() if isinstance(t, Tensor) else t for key, t in batch.items()}
         peak = measured(real, adapter, params, on_gpu)
-        counted, shapes = lf.adapt(meta, variant)
+        counted, shapes = lf.adapt(meta, variant, targets=targets)
         empty = {key: t.to("meta") if isinstance(t, Tensor) else t for key, t in batch.items()}
         total = calculate(counted, meta, shapes, empty).total
         parameters = sum(leaf.numel() for leaf in params.values())

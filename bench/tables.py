@@ -727,6 +727,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sweep-configured": lambda: swept("h200", "configured"),
     "sweep-all-linear": lambda: swept("h200", "all-linear"),
     "sweep-rank": lambda: swept("h200", "rank"),
+    "sweep-matched": lambda: swept("h200", "matched"),
     "sweep-solved": lambda: sweep_solved("h200"),
     "sweep-nf4": lambda: swept("h200", "configured, nf4"),
     "parity": lambda: parity("cpu"),

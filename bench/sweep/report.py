@@ -109,12 +109,12 @@ def about(summary: dict[str, Any]) -> str:
         f"test problems and {row['text']:.3f} on the text"
         for name, row in summary["base"].items()
     )
-    s, where = summary["settings"], summary["where"]
+    s, where, commits = summary["settings"], summary["where"], summary["commits"]
     versions = ", ".join(f"{k} {where[k]}" for k in ("torch", "transformers") if k in where)
     return (
         f"For comparison, {base}. {s['model']}: {s['steps']} steps of {s['batch']} problems, "
         f"{s['seeds']} seeds, r={s['r']}; {s['test']} test problems. {where['device']}; "
-        f"{versions}; commit {where['commit']}."
+        f"{versions}; {'commit' if len(commits) == 1 else 'commits'} {', '.join(commits)}."
     )
 
 
@@ -127,8 +127,9 @@ def intervals(summary: dict[str, Any], form: str) -> str:
             right, of = sum(row[key]["right"]), row[key]["of"] * len(row[key]["right"])
             low, high = results.wilson(right, of)
             shares = f"{right / of:.1%}", f"{low:.1%} to {high:.1%}"
-            rows.append([label, key.removeprefix("solved "), f"{right} of {of}", *shares])
-    headers = ["", "problems", "solved", "share", "95 %"]
+            each = ", ".join(map(str, row[key]["right"]))
+            rows.append([label, key.removeprefix("solved "), f"{right} of {of}", *shares, each])
+    headers = ["", "problems", "solved", "share", "95 %", "each seed"]
     rows.sort(key=lambda row: row[1])  # one kind of problem after the other
     shown = tabulate(rows, headers=headers, tablefmt=form, disable_numparse=True)
     return shown if rows else ""

@@ -69,7 +69,8 @@ class Table:
 
     entries: list[Entry]
     base: dict[str, dict[str, Any]]
-    where: dict[str, str]
+    where: dict[str, str]  # of the last run
+    commits: list[str]  # of all runs
     settings: dict[str, Any]
 
     def reference(self, entry: Entry) -> Entry | None:
@@ -124,7 +125,8 @@ def read(paths: Sequence[Path]) -> Table:
         for row in rows
         if row["kind"] == "base"
     }
-    return Table(entries, base, runs[-1]["where"], settings)
+    commits = list(dict.fromkeys(run["where"]["commit"] for run in runs))
+    return Table(entries, base, runs[-1]["where"], commits, settings)
 
 
 def solved_of(row: dict[str, Any]) -> dict[str, Any]:
@@ -214,6 +216,7 @@ def summary(table: Table) -> dict[str, Any]:
     }
     return {
         "where": table.where,
+        "commits": table.commits,
         "settings": {**table.settings, "model": model_of(table.settings["model"])},
         "base": base,
         "findings": findings(table),
