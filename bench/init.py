@@ -6,8 +6,9 @@ many: nothing is extrapolated. CorDA takes its statistics from one batch, which 
 PEFT's methods rewrite the weights, so PEFT gets a copy of the model, which is not timed. `energy`
 is what the start of B spans of one layer's weight, over what the best r directions span.
 
-Second, ways to find the top r singular triplets of one layer, whose singular values fall like
-i^(-1/2): the library's own, and others that a GPU may prefer. `python bench/init.py --help`
+Second, ways to find the top r singular triplets of one layer: the library's own, and those of
+`torch.linalg.svd`. The singular values fall like i^(-1/2), or in a way that is harder.
+`python bench/init.py --help`
 """
 
 from __future__ import annotations
@@ -141,27 +142,11 @@ def energy(W: Tensor, B: Tensor) -> float:
     return ((Q.mT @ W).square().sum() / best.square().sum()).item()
 
 
-# Ways to the top r singular triplets of a tall W.
+# Ways to the top r singular triplets.
 
 
-def gram(W: Tensor, r: int) -> Triplets:
-    """By the eigenvectors of Wᵀ W in float64, which has twice the digits that it needs."""
-    W = W.double()
-    values, V = torch.linalg.eigh(W.mT @ W)
-    values, V = values[-r:].flip(0), V[:, -r:].flip(1)
-    S = values.clamp(min=0).sqrt()
-    return (W @ V / S).float(), S.float(), V.mT.float()
-
-
-def after_qr(W: Tensor, r: int) -> Triplets:
-    """By the SVD of R, which is square."""
-    Q, R = torch.linalg.qr(W)
-    U, S, V = torch.linalg.svd(R)
-    return Q @ U[:, :r], S[:r], V[:r]
-
-
-def by_driver(W: Tensor, r: int, driver: str) -> Triplets:
-    """By one of cuSOLVER's algorithms."""
+def by_driver(W: Tensor, r: int, driver: str | None) -> Triplets:
+    """By one of the algorithms that torch.linalg.svd has: of cuSOLVER, or of LAPACK."""
     U, S, V = torch.linalg.svd(W, full_matrices=False, driver=driver)
     return U[:, :r], S[:r], V[:r]
 
@@ -172,42 +157,58 @@ def ways(r: int, cuda: bool) -> dict[str, Callable[[Tensor], Triplets]]:
     found: dict[str, Callable[[Tensor], Triplets]] = {
         "top_svd": lambda W: top_svd(W, r),
         "top_svd, niter=4": lambda W: top_svd(W, r, 4, generator),
-        "gram, float64": lambda W: gram(W, r),
-        "after QR": lambda W: after_qr(W, r),
     }
-    for driver in ("gesvdj", "gesvda", "gesvd") if cuda else ():
-        found[driver] = lambda W, driver=driver: by_driver(W, r, driver)
+    for driver in ("gesvdj", "gesvda") if cuda else (None,):
+        found[driver or "svd"] = lambda W, driver=driver: by_driver(W, r, driver)
     return found
 
 
+def spectra(n: int) -> dict[str, Tensor]:
+    """Name -> n singular values, in float64."""
+    i = torch.arange(n, dtype=torch.float64)
+    decaying = (i + 1) ** -0.5
+    return {
+        "decaying": decaying,
+        "steep": 10 ** (-8 * i / n),
+        "flat": torch.ones_like(i),
+        "of rank n / 10": torch.where(i < n / 10, decaying, 0),
+        "three outliers": torch.where(i < 3, 1e4, decaying),
+    }
+
+
 def decompositions(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows: each way on each shape of the model's layers, turned to be tall."""
+    """Rows: each way on each shape of the model's layers, and on harder spectra of the first."""
     d, ff = (speed.sizes(options)[name] for name in ("hidden_size", "intermediate_size"))
     torch.linalg.svd(torch.eye(64, device=options.device))  # loads the library
-    for m, n in ((d, d), (d, d // 4), (ff, d)):
-        S = torch.arange(1, n + 1, device=options.device) ** -0.5
-        W = orthonormal(m, n, options.device) * S @ orthonormal(n, n, options.device)
-        for name, way in ways(min(options.r, n), options.device == "cuda").items():
-            row: dict[str, Any] = {"shape": [m, n], "way": name}
-            try:
-                seconds, found = timed(partial(way, W))
-                if seconds < 1:  # the first run may have loaded a library
+    for m, n in ((d, d), (d // 4, d), (ff, d)):
+        U, V = (orthonormal(k, min(m, n), options.device) for k in (m, n))
+        for spectrum, values in spectra(min(m, n)).items():
+            if spectrum != "decaying" and m != d:
+                continue
+            S = values.to(options.device)
+            W = (U * S @ V.mT).float()
+            for name, way in ways(min(options.r, len(S)), options.device == "cuda").items():
+                row: dict[str, Any] = {"shape": [m, n], "spectrum": spectrum, "way": name}
+                try:
                     seconds, found = timed(partial(way, W))
-                yield {**row, "seconds": seconds, **quality(W, S, found)}
-            except RuntimeError as error:
-                yield {**row, "error": str(error).partition("\n")[0][:200]}
+                    if seconds < 1:  # the first run may have loaded a library
+                        seconds, found = timed(partial(way, W))
+                    yield {**row, "seconds": seconds, **quality(W, S, found)}
+                except RuntimeError as error:
+                    yield {**row, "error": str(error).partition("\n")[0][:200]}
 
 
 def orthonormal(m: int, n: int, device: str) -> Tensor:
-    """A random `[m, n]` with orthonormal columns."""
+    """A random `[m, n]` with orthonormal columns, in float64."""
     generator = torch.Generator().manual_seed(m)
-    return torch.linalg.qr(torch.randn(m, n, generator=generator).to(device)).Q
+    drawn = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(drawn.to(device)).Q
 
 
 def quality(W: Tensor, S: Tensor, found: Triplets) -> dict[str, float]:
     """The captured energy over the exact, and how far the vectors are from orthonormal."""
-    U, values, V = found
-    r = len(values)
+    U, values, V = (t.double() for t in found)
+    W, r = W.double(), len(values)
     eye = torch.eye(r, device=W.device)
     return {
         "energy": (U.mT @ W).square().sum().item() / S[:r].square().sum().item(),

@@ -14,7 +14,7 @@ import torch
 from common import interleaved, ratio, write
 from torch import Tensor
 
-from lora_func.linalg import randomized_svd
+from lora_func.linalg import randomized_svd, top_svd
 
 
 def matrix(spectrum: str, n: int, device: str) -> Tensor:
@@ -43,7 +43,7 @@ def main() -> None:
         found: dict[str, Tensor] = {}
 
         def exact(W: Tensor = W, found: dict[str, Tensor] = found) -> None:
-            found["exact"] = torch.linalg.svd(W, full_matrices=False)[1][: options.r]
+            found["exact"] = top_svd(W, options.r)[1]
 
         def randomized(niter: int, W: Tensor = W, found: dict[str, Tensor] = found) -> None:
             U, _, _ = randomized_svd(W, options.r, niter, generator)

@@ -17,6 +17,7 @@ from .changes import Change, changes_of
 from .engine.adapter import Adapter, check_order
 from .engine.keys import flat_key
 from .errors import LoraFuncError, listing
+from .linalg import top_svd
 from .variant import Variant
 from .variants import Full, LoRA
 
@@ -67,7 +68,7 @@ def as_lora(
             if r is None or not change.matrix:
                 raise LoraFuncError(no_factors(change))
             delta, b = change.dense()
-            factors = halves(torch.linalg.svd(delta, full_matrices=False), r)
+            factors = halves(top_svd(delta, min(r, *delta.shape[-2:])), r)
         elif r is not None and r < factors[0].shape[-2]:
             factors = halves(svd_of_product(*factors), r)
         if r is not None:
@@ -219,7 +220,8 @@ def svd_of_product(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD `U [.., d_out, k]`, `S [.., k]`, `V [.., k, d_in]` of B A, which is not formed."""
     Q_out, R_out = torch.linalg.qr(B)
     Q_in, R_in = torch.linalg.qr(A.mT)
-    U, S, V = torch.linalg.svd(R_out @ R_in.mT, full_matrices=False)
+    core = R_out @ R_in.mT  # [.., k, k], or smaller
+    U, S, V = top_svd(core, min(core.shape[-2:]))
     return Q_out @ U, S, V @ Q_in.mT
 
 

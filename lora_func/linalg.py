@@ -168,15 +168,26 @@ def cayley_minus_identity(X: Tensor) -> Tensor:
 def top_svd(
     W: Tensor, r: int, niter: int | None = None, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`U_r [m, r]`, `S_r [r]`, `V_r [r, n]` of `W [m, n]`, for r up to min(m, n).
+    """`U_r [.., m, r]`, `S_r [.., r]`, `V_r [.., r, n]` of `W [.., m, n]`, for r up to min(m, n).
 
-    In float32, or float64 for a float64 W. Exact; with `niter` randomized, see `randomized_svd`.
+    In float32, or float64 for a float64 W. With `niter` randomized, see `randomized_svd`.
+
+    Otherwise by the eigenvectors of the smaller of WᵀW and WWᵀ in float64, so that the squares lose
+    nothing that float32 has: values and orthogonality are exact to 6e-8 for any spectrum. For
+    4096 x 4096 on an H200 that takes 0.12 s, and torch's own SVD in float32 1 to 4 s, with errors
+    of 1e-3 (bench/results/init-h200.json).
     """
     W = at_least_float32(W)
     if niter is not None:
         return randomized_svd(W, r, niter, generator)
-    U, S, V = torch.linalg.svd(W, full_matrices=False)
-    return U[:, :r], S[:r], V[:r]
+    tall = W.shape[-2] >= W.shape[-1]
+    M = (W if tall else W.mT).to("cpu" if W.is_mps else W.device, torch.float64)
+    Q = torch.linalg.eigh(M.mT @ M).eigenvectors.flip(-1)[..., :r]  # the largest first
+    P, R = torch.linalg.qr(M @ Q)  # orthogonal also where a singular value is zero
+    S = R.diagonal(dim1=-2, dim2=-1)
+    P = P * torch.where(S < 0, -1.0, 1.0)[..., None, :]
+    U, V = (P, Q.mT) if tall else (Q, P.mT)
+    return U.to(W), S.abs().to(W), V.to(W)
 
 
 def randomized_svd(
@@ -194,8 +205,8 @@ def randomized_svd(
     Q = torch.linalg.qr(W @ sketch).Q  # [m, r + extra]
     for _ in range(niter):
         Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q).Q).Q
-    U, S, V = torch.linalg.svd(Q.mT @ W, full_matrices=False)
-    return (Q @ U)[:, :r], S[:r], V[:r]
+    U, S, V = top_svd(Q.mT @ W, r)
+    return Q @ U, S, V
 
 
 @full_precision

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .errors import LoraFuncError
+from .linalg import top_svd
 from .precision import at_least_float32
 from .variant import Statistic, Weight
 
@@ -168,7 +169,7 @@ class Projections(Statistic):
     observes: ClassVar[str] = "outputs"
 
     def init(self, weight: Weight) -> Any:
-        U = torch.linalg.svd(at_least_float32(weight.dense()), full_matrices=False)[0]
+        U = top_svd(weight.dense(), min(weight.shape))[0]
         return U, weight.bias, 0, U.new_zeros(U.shape[1])
 
     def update(self, state: Any, tokens: Tensor) -> Any:

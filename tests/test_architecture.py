@@ -25,7 +25,7 @@ ROOMS = {
     "linalg": {"precision"},
     "kernels": {"libraries"},
     "fused": {"kernels", "libraries", "linalg"},
-    "statistics": {"variant", "precision"},
+    "statistics": {"linalg", "precision", "variant"},
     "variants": {
         "variant",
         "card",
@@ -42,7 +42,7 @@ ROOMS = {
     "files": {"chain", "engine", "libraries", "variant", "variants", "version", "weights"},
     "population": set(),
     "changes": {"engine", "libraries", "merging", "precision", "variant", "variants", "weights"},
-    "arithmetic": {"changes", "engine", "variant", "variants"},
+    "arithmetic": {"changes", "engine", "linalg", "variant", "variants"},
     "allocation": {"engine"},
     "grad": {"libraries"},
     "capturing": set(),

@@ -165,6 +165,34 @@ def test_top_svd_of_a_matrix_without_rank():
             assert (S >= 0).all()
 
 
+SPECTRA = {
+    "decaying": lambda i: (i + 1) ** -0.5,
+    "steep": lambda i: 10 ** (-i / 3),
+    "flat": torch.ones_like,
+    "in pairs": lambda i: (i // 2 + 1) ** -0.5,
+    "of rank 5": lambda i: (i < 5) / (i + 1),
+    "outliers": lambda i: torch.where(i < 3, 1e4, (i + 1) ** -0.5),
+    "tiny": lambda i: 1e-20 * (i + 1) ** -0.5,
+    "huge": lambda i: 1e20 * (i + 1) ** -0.5,
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
+@pytest.mark.parametrize("shape", [(24, 24), (24, 40), (40, 24)], ids=str)
+def test_top_svd_in_float32(spectrum, shape):
+    """It is exact to the rounding of float32, where torch's own errs by 1e-6, on a GPU by 1e-3."""
+    S = spectrum(torch.arange(24, **F64))
+    U, V = (torch.linalg.qr(torch.randn(n, 24, **F64)).Q for n in shape)
+    W = (U * S @ V.mT).float()
+    for r in (4, 24):
+        found, values, right = (t.double() for t in linalg.top_svd(W, r))
+        assert (values - S[:r]).abs().max() < 2e-7 * S[0]
+        assert (found.mT @ found - eye(r)).abs().max() < 2e-7
+        assert (right @ right.mT - eye(r)).abs().max() < 2e-7
+        left = (W.double() - found * values @ right).norm()  # the best that is left over is S[r:]
+        assert left - S[r:].norm() < 2e-7 * S.norm()
+
+
 def test_top_svd_of_an_ill_conditioned_matrix():
     """Of singular values over 14 orders of magnitude, the large ones keep their digits."""
     Q, P = (torch.linalg.qr(torch.randn(8, 8, **F64)).Q for _ in range(2))

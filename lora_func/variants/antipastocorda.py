@@ -25,7 +25,7 @@ import torch
 from ..card import Card
 from ..checks import check_choice, check_fits, check_positive, needs_data
 from ..errors import LoraFuncError
-from ..linalg import at_least_float32, matrix_root
+from ..linalg import at_least_float32, matrix_root, top_svd
 from ..statistics import InputMoments, check_shape
 from ..variant import Params, Statistic
 from ._directions import Gains
@@ -86,9 +86,9 @@ class AntiPaSTOCorDA(Gains):
             raise needs_data(self, "the second moment of its inputs")
         check_fits(self, weight.shape)
         W = at_least_float32(weight.dense())
-        U, _, _ = torch.linalg.svd(self.oriented(W, stats), full_matrices=False)
+        U, _, _ = top_svd(self.oriented(W, stats), self.r)
         g = torch.zeros(self.r, dtype=torch.float32)
-        return Params({"g": g}, frozen={"U": U[:, : self.r], "g0": U.new_zeros(self.r)})
+        return Params({"g": g}, frozen={"U": U, "g0": U.new_zeros(self.r)})
 
     def oriented(self, W, stats):
         """W C^(1/2)"""
