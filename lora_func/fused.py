@@ -7,7 +7,7 @@ layer has made. That is exact: a product that adds to its output rounds once, wh
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +21,27 @@ FEW = 16
 """Rows of an input that are few: each of them reads all of A again."""
 
 
+class Packed(Protocol):
+    """A matrix that a layer holds packed, and b with it."""
+
+    def layer_output(self, x: Tensor) -> Tensor:
+        """`x Wᵀ + b`, as the layer computes it."""
+        ...
+
+    def dense(self) -> Tensor:
+        """W `[o, i]`, made anew."""
+        ...
+
+
 def low_rank_linear(  # noqa: PLR0917  (the names of the formula)
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float = 1.0
+    x: Tensor, W: Tensor | Packed, b: Tensor | None, A: Tensor, B: Tensor, scale: float = 1.0
 ) -> Tensor:
     """`x Wᵀ + b + scale (x Aᵀ) Bᵀ`, with frozen W and b.
 
     `x [.., i]`, `W [o, i]`, `b [o]`, `A [r, i]`, `B [o, r]`; A and B are cast to the dtype of x,
     which is that of W. Examples may have factors of their own, with an axis n in front; then x is
-    `[n, rows, i]`. Kept for backward: x if A requires grad, the `[.., r]` intermediate if B does.
+    `[n, rows, i]`. Kept for backward: x if A requires grad, the `[.., r]` intermediate if B does. A
+    packed W has its own b; backward unpacks it once more.
 
     For eager autograd of any order, not for torch.func. `linalg.low_rank_update` is its oracle, and
     is what runs if B alone requires grad: second derivatives then need not x.
@@ -37,28 +50,33 @@ def low_rank_linear(  # noqa: PLR0917  (the names of the formula)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, A, B))):
         return inference(x, W, b, A, B, scale)
     if B.requires_grad and not A.requires_grad:
-        return low_rank_update(F.linear(x, W, b), x, A, B, scale)
+        return low_rank_update(base_output(x, W, b), x, A, B, scale)
     return applied(LowRankLinear, x, W, b, A, B, scale)
 
 
+def base_output(x: Tensor, W: Tensor | Packed, b: Tensor | None) -> Tensor:
+    """`x Wᵀ + b`."""
+    return F.linear(x, W, b) if isinstance(W, Tensor) else W.layer_output(x)
+
+
 def inference(  # noqa: PLR0917  (as above)
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float
+    x: Tensor, W: Tensor | Packed, b: Tensor | None, A: Tensor, B: Tensor, scale: float
 ) -> Tensor:
     """The output alone. One kernel updates a few rows, such as those of a decoded token."""
     if x.numel() > FEW * x.shape[-1] or not takes(x, A, B):
         return forward(x, W, b, A, B, scale)[0]
     from .kernels import programs  # noqa: PLC0415  (which imports Triton)
 
-    y = F.linear(x, W, b)
+    y = own_tensor(base_output(x, W, b).contiguous())
     programs.add_low_rank(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), A, B, scale)
     return y
 
 
 def forward(  # noqa: PLR0917  (as above)
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float
+    x: Tensor, W: Tensor | Packed, b: Tensor | None, A: Tensor, B: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output, and `h = x Aᵀ`."""
-    y = own_tensor(F.linear(x, W, b).contiguous())  # it is, unless x has a layout of its own
+    y = own_tensor(base_output(x, W, b).contiguous())  # it is, unless x has a layout of its own
     if A.dim() == 3 or B.dim() == 3:
         h = x @ A.mT
         add_product(y, h, B.mT, scale)
@@ -75,8 +93,11 @@ class LowRankLinear(torch.autograd.Function):
     def forward(ctx: Any, x, W, b, A, B, scale):  # noqa: PLR0917  # pyright: ignore
         y, h = forward(x, W, b, A, B, scale)
         _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs_A else None, W, A, B, h if needs_B else None)
+        ctx.packed = None if isinstance(W, Tensor) else W
+        plain = W if ctx.packed is None else None
+        ctx.save_for_backward(x if needs_A else None, plain, A, B, h if needs_B else None)
         ctx.scale = scale
+        ctx.repeats = needs_A and b is None
         return y
 
     @staticmethod
@@ -90,6 +111,9 @@ class LowRankLinear(torch.autograd.Function):
         gh = product(g, B, ctx.scale)  # [.., r]
         gx = None
         if needs_x:
+            if W is None:
+                with torch.no_grad():
+                    W = ctx.packed.dense().to(grad.dtype)
             gx = grad.matmul(W).contiguous()
             if again:
                 gx = gx + (gh @ A).view_as(gx)
@@ -98,6 +122,17 @@ class LowRankLinear(torch.autograd.Function):
         gA = over(gh, rows(x, A, B), A) if needs_A else None
         gB = over(g, rows(h, A, B), B, ctx.scale) if needs_B else None
         return gx, None, None, gA, gB, None
+
+
+def can_repeat(y: Tensor) -> bool:
+    """Whether `repeated` can make `y`, an output of `low_rank_linear`, from what is kept anyway."""
+    return getattr(y.grad_fn, "repeats", False)
+
+
+def repeated(node: Any) -> Tensor:
+    """The output of `low_rank_linear` once more, from its node in the graph of autograd."""
+    x, W, A, B, _ = node.saved_tensors
+    return low_rank_linear(x, node.packed if W is None else W, None, A, B, node.scale)
 
 
 def rows(t: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -344,12 +344,13 @@ class Variant(abc.ABC, metaclass=VariantType):
         """`apply` of the output of a plain linear layer, with the product of that layer inside.
 
         `x [.., d_in]`, `W [d_out, d_in]` and `b [d_out]` or None have one dtype, and so has the
-        result `[.., d_out]`. `params` are prepared, and W and b do not require grad.
+        result `[.., d_out]`. `params` are prepared, and W and b do not require grad. A packed W is
+        a `fused.Packed`, which has its bias.
 
         Optional: for a form that takes less time or memory than `F.linear(x, W, b)` and `apply`, as
-        `fused.low_rank_linear` does. The engine takes it where the layer is an `nn.Linear` without
-        hooks, in eager mode and outside of torch.func. A subclass that overrides `apply` or
-        `transform_input` says it anew.
+        `fused.low_rank_linear` does. The engine takes it where the layer is an `nn.Linear` or a
+        4-bit one without hooks, in eager mode and outside of torch.func. A subclass that overrides
+        `apply` or `transform_input` says it anew.
         """
         raise NotImplementedError  # the engine asks only those that override it
 

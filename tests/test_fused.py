@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_func as lf
 from lora_func.fused import low_rank_linear
+from lora_func.variants import _gate
+from lora_func.variants._gate import gated_over
 
 ALL = lf.Targets(roles=())
 
@@ -215,8 +217,10 @@ def test_rounding_makes_no_constant_require_grad(variant):
 
 @pytest.mark.parametrize("variant", [lf.LoRA(r=4), lf.DoRA(r=4), lf.PiSSA(r=4)], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_step_equals_that_of_the_plain_form(variant, dtype):
+@pytest.mark.parametrize("large", [_gate.LARGE, 0])
+def test_a_step_equals_that_of_the_plain_form(variant, dtype, large, monkeypatch):
     """Through a model, its checkpoints, and an in-place activation behind the layer."""
+    monkeypatch.setattr(_gate, "LARGE", large)
     model, _, _, x = setting(dtype)
     kind: Any = type(variant)
     plain: Any = type(kind.__name__, (kind,), {"fused": lf.Variant.fused})(**vars(variant))
@@ -261,3 +265,74 @@ def test_second_derivatives_through_a_model():
     expected = torch.func.grad(norm)({key: t.detach() for key, t in params.items()})
     for grad, key in zip(found, params):
         torch.testing.assert_close(grad, expected[key], rtol=1e-6, atol=1e-6)
+
+
+# a gate that is written over the output of its layer
+
+
+@pytest.fixture
+def none_is_small(monkeypatch):
+    monkeypatch.setattr(_gate, "LARGE", 0)
+
+
+def gate_setting(lead: tuple[int, ...] = (7,), own: bool = False) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    W, d = torch.randn(4, 5, dtype=torch.float64), leaf(*own * (lead[0], 1), 4)
+    d.data[..., 1] = -1  # its output is zero, and its gradient is not
+    return W, (leaf(*lead, 5), leaf(3, 5), leaf(4, 3), d)
+
+
+@pytest.mark.parametrize("behind", ["nothing", "an in-place activation"])
+@pytest.mark.parametrize(("lead", "own"), [((7,), False), ((2, 3), False), ((2, 3), True)])
+def test_derivatives_of_a_gate_over_its_input(lead, own, behind, none_is_small):
+    """Of both orders, also if the output is overwritten, from which backward had its input."""
+    W, point = gate_setting(lead, own)
+
+    def f(x: Tensor, A: Tensor, B: Tensor, d: Tensor) -> Tensor:
+        u = low_rank_linear(x, W, None, A, B)
+        y = gated_over(u, d)
+        assert y is u
+        return y if behind == "nothing" else y.tanh_()
+
+    x, A, B, d = point
+    expected = (1 + d) * (x @ (W + B @ A).mT)
+    torch.testing.assert_close(f(*point), expected if behind == "nothing" else expected.tanh())
+    assert torch.autograd.gradcheck(f, point, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(f, point)
+
+
+def test_a_gate_keeps_only_its_output(none_is_small):
+    """The output is there anyway, where what comes behind keeps it."""
+    W, (x, A, B, d) = gate_setting()
+    kept = []
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append(t.data_ptr())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = gated_over(low_rank_linear(x, W, None, A, B), d)
+    assert sorted(kept) == sorted({*kept})
+    own = {t.data_ptr() for t in (x, W, A, B, d, y)}
+    assert len(set(kept) - own) == 1  # x Aᵀ
+    assert y.data_ptr() in kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_gate_of_small_numbers(dtype, none_is_small):
+    """In float16 a small factor would lose what it scales, so its input is kept."""
+    x, A = 1e-3 * torch.randn(7, 5, dtype=dtype), torch.randn(3, 5, dtype=dtype).requires_grad_()
+    W, B = torch.randn(4, 5, dtype=dtype), torch.zeros(4, 3, dtype=dtype)
+    d = torch.full((4,), -0.998, dtype=dtype).requires_grad_()
+    (grad,) = torch.autograd.grad(gated_over(low_rank_linear(x, W, None, A, B), d).sum(), d)
+    torch.testing.assert_close(grad, F.linear(x, W).sum(0), rtol=0.02, atol=1e-5)
+
+
+def test_a_gate_where_its_input_cannot_be_made_again(none_is_small):
+    """With a frozen A nothing of the size of x is kept, so the input of the gate is."""
+    W, (x, A, B, d) = gate_setting()
+    for frozen in ((A,), (A, B), (x, A, B)):
+        p = {id(t): t.detach() if any(t is f for f in frozen) else t for t in (x, A, B)}
+        y = gated_over(low_rank_linear(p[id(x)], W, None, p[id(A)], p[id(B)]), d)
+        (grad,) = torch.autograd.grad(y.sum(), d)
+        torch.testing.assert_close(grad, (x @ (W + B @ A).mT).sum(0))

@@ -48,9 +48,24 @@ def test_gate(dtype, size):
     wide = y.double(), grad.double(), d.double()
     check(programs.gate(y, d), wide[0] * (1 + wide[2]), dtype)
     dy, dd = programs.gate_backward(grad, y, d)
-    assert dy.dtype == dd.dtype == dtype
+    assert (dy.dtype, dd.dtype) == (dtype, torch.float32)
     check(dy, wide[1] * (1 + wide[2]), dtype)
     check(dd, (wide[0] * wide[1]).flatten(0, -2).sum(0), dtype)
+
+
+@runs
+@pytest.mark.parametrize("zero", [0.0, 2.0**-60])
+def test_a_gate_in_place_whose_factor_is_zero(zero):
+    from lora_func.kernels import programs  # noqa: PLC0415
+
+    y, d = drawn(5, 16), drawn(16)
+    d[3] = -1
+    factor = torch.where(d == -1, zero, 1 + d)
+    expected = y * factor
+    dy, _ = programs.gate_backward(y, y, d, zero)
+    assert torch.equal(dy, expected)
+    assert programs.gate(y, d, out=y, zero=zero) is y
+    assert torch.equal(y, expected)
 
 
 @runs

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..errors import LoraFuncError
 from ..libraries import accelerate
 from ..libraries.functorch import in_backward, in_transform
-from ..libraries.torch_hooks import is_plain_linear
 from ..precision import autocast_on, no_inference_mode
 from ..variant import Prepared, Variant
 from ..weights.table import weight_of
@@ -78,8 +77,9 @@ class AdaptedLayer(StandIn, Holder):
             self.__dict__["_ran"] = True
         p = self.entries(x.dtype)
         x = self.admit(x, p)
-        if not (args or kwargs) and self.fuses(layer, x, p):
-            W, b = layer._parameters["weight"], layer._parameters["bias"]
+        W = None if args or kwargs or not self.may_fuse(x, p) else weight.to_fuse(x)
+        if W is not None:
+            b = layer._parameters["bias"] if isinstance(W, Tensor) else None
 
             def fused(x: Tensor, p: dict[str, Tensor]) -> Tensor:
                 return variant.fused(x, W, b, variant.prepared(weight, p, x.dtype))
@@ -101,18 +101,15 @@ class AdaptedLayer(StandIn, Holder):
         out = each(apply, (x, base_out), p, variant.broadcasts)
         return out if active is None else torch.where(active, out, base_out)
 
-    def fuses(self, layer: Any, x: Tensor, p: Entries) -> bool:
-        """Whether the variant's fused form can take the place of this call of the layer."""
+    def may_fuse(self, x: Tensor, p: Entries) -> bool:
+        """Whether the variant's fused form can take the place of a layer that allows it."""
         if not self._may_fuse or (self.training and self._site.dropout):
             return False
         if p.own and not (self._site.variant.broadcasts and isinstance(p.params, Prepared)):
             return False
-        if torch.compiler.is_compiling() or in_transform() or not is_plain_linear(layer):
+        if torch.compiler.is_compiling() or in_transform():
             return False
-        W = layer._parameters["weight"]
-        plain = type(x) is Tensor and type(W) in (Tensor, nn.Parameter) and not W.requires_grad
-        alike = W.dtype == x.dtype and W.device == x.device
-        return plain and alike and not autocast_on(x.device)
+        return type(x) is Tensor and not autocast_on(x.device)
 
     @property
     def stored(self) -> Tensor | None:

@@ -18,26 +18,31 @@ import triton.language as tl
 from torch import Tensor
 
 
-def gate(y: Tensor, d: Tensor) -> Tensor:
-    """`y + y ∘ d`, for `y [.., n]` and `d [n]`. Rounded once."""
-    out, n = torch.empty_like(y), d.shape[0]
+def gate(y: Tensor, d: Tensor, out: Tensor | None = None, zero: float = 0.0) -> Tensor:
+    """`y + y ∘ d`, for `y [.., n]` and `d [n]`. Rounded once.
+
+    `out`: where to write it, which may be y. `zero`: in the place of a factor 1 + d of zero.
+    """
+    out, n = torch.empty_like(y) if out is None else out, d.shape[0]
     rows = y.numel() // n
     grid = triton.cdiv(rows, 16), triton.cdiv(n, 256)
     with torch.cuda.device_of(y):  # Triton takes the current device, whatever that of a tensor
-        gate_kernel[grid](y, d, out, rows, n, BLOCK_R=16, BLOCK_N=256)
+        gate_kernel[grid](y, d, out, zero, rows, n, BLOCK_R=16, BLOCK_N=256)
     return out
 
 
-def gate_backward(grad: Tensor, y: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """Of `gate`: `grad + grad ∘ d`, and the sum of `grad ∘ y` over all rows, `[n]`."""
+def gate_backward(grad: Tensor, y: Tensor, d: Tensor, zero: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Of `gate`: `grad + grad ∘ d`, and the sum of `grad ∘ y` over all rows, `[n]` in float32."""
     dy, n = torch.empty_like(grad), d.shape[0]
     rows = y.numel() // n
     parts = triton.cdiv(rows, 32)
     sums = torch.empty(parts, n, dtype=torch.float32, device=y.device)
     grid = parts, triton.cdiv(n, 512)
     with torch.cuda.device_of(y):
-        gate_backward_kernel[grid](grad, y, d, dy, sums, rows, n, STEPS=4, BLOCK_R=8, BLOCK_N=512)
-    return dy, sums.sum(0).to(d.dtype)
+        gate_backward_kernel[grid](
+            grad, y, d, dy, sums, zero, rows, n, STEPS=4, BLOCK_R=8, BLOCK_N=512
+        )
+    return dy, sums.sum(0)
 
 
 def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
@@ -73,16 +78,17 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> No
 
 @triton.jit
 def gate_kernel(  # noqa: PLR0917  # pyright: ignore
-    y, d, out, rows, n, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
+    y, d, out, zero, rows, n, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """A tile of `gate`."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     at = row[:, None].to(tl.int64) * n + column[None, :]
     inside = (row[:, None] < rows) & (column[None, :] < n)
-    scale = tl.load(d + column, mask=column < n, other=0).to(tl.float32)
+    factor = 1 + tl.load(d + column, mask=column < n, other=0).to(tl.float32)
+    factor = tl.where(factor == 0, zero, factor)
     u = tl.load(y + at, mask=inside, other=0).to(tl.float32)
-    tl.store(out + at, (u + u * scale[None, :]).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, (u * factor[None, :]).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -92,6 +98,7 @@ def gate_backward_kernel(  # noqa: PLR0917  # pyright: ignore
     d,
     dy,
     sums,
+    zero,
     rows,
     n,
     STEPS: tl.constexpr,
@@ -100,7 +107,8 @@ def gate_backward_kernel(  # noqa: PLR0917  # pyright: ignore
 ):
     """Some rows of `gate_backward`, in a strip of columns."""
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    scale = tl.load(d + column, mask=column < n, other=0).to(tl.float32)
+    factor = 1 + tl.load(d + column, mask=column < n, other=0).to(tl.float32)
+    factor = tl.where(factor == 0, zero, factor)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for step in range(STEPS):
         row = (tl.program_id(0) * STEPS + step) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -108,7 +116,7 @@ def gate_backward_kernel(  # noqa: PLR0917  # pyright: ignore
         inside = (row[:, None] < rows) & (column[None, :] < n)
         g = tl.load(grad + at, mask=inside, other=0).to(tl.float32)
         u = tl.load(y + at, mask=inside, other=0).to(tl.float32)
-        tl.store(dy + at, (g + g * scale[None, :]).to(dy.dtype.element_ty), mask=inside)
+        tl.store(dy + at, (g * factor[None, :]).to(dy.dtype.element_ty), mask=inside)
         total += tl.sum(g * u, 0)
     tl.store(sums + tl.program_id(0) * n + column, total, mask=column < n)
 

@@ -200,18 +200,20 @@ def is_plain_linear(module: nn.Module) -> bool:
     Not so with hooks, with a weight or bias that is another attribute than a parameter, and where a
     library has put its own `forward` on the module or on nn.Linear itself.
     """
-    own = type(module) is nn.Linear and "forward" not in module.__dict__
-    own = own and nn.Linear.forward.__module__ == nn.Linear.__module__
-    return (
-        own
-        and module._parameters.keys() >= {"weight", "bias"}
-        and not (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or any(GLOBAL_HOOKS)
-        )
+    parameters = module._parameters.keys()
+    return type(module) is nn.Linear and parameters >= {"weight", "bias"} and runs_bare(module)
+
+
+def runs_bare(module: nn.Module) -> bool:
+    """Whether to call a module is to call the forward that its class was written with."""
+    kind = type(module)
+    own = "forward" not in module.__dict__ and kind.forward.__module__ == kind.__module__
+    return own and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or any(GLOBAL_HOOKS)
     )
 
 

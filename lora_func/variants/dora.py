@@ -37,7 +37,7 @@ from ..linalg import (
     weighted_sum,
 )
 from ..variant import Params
-from ._gate import gated
+from ._gate import gated, gated_over
 from ._low_rank import LowRank
 
 TINY = 1e-30  # a row of zeros needs a norm to divide by
@@ -97,10 +97,11 @@ class DoRA(LowRank):
 
     def apply(self, x, base_out, weight, params):
         p = self.prepared(weight, params, x.dtype)
-        return stretched(low_rank_update(base_out, x, p["A"], p["B"], self.scale), p)
+        return stretched(low_rank_update(base_out, x, p["A"], p["B"], self.scale), p, gated)
 
     def fused(self, x, W, b, params):
-        return stretched(low_rank_linear(x, W, b, params["A"], params["B"], self.scale), params)
+        u = low_rank_linear(x, W, b, params["A"], params["B"], self.scale)
+        return stretched(u, params, gated_over)
 
     def merged(self, weight, params):
         # ρ (W + s B A)
@@ -109,8 +110,8 @@ class DoRA(LowRank):
         return self.gain(weight, params)[:, None] * V, weight.bias
 
 
-def stretched(u, p):
-    """`ρ (u - b) + b`, from the prepared ρ - 1 and b."""
+def stretched(u, p, gated):
+    """`ρ (u - b) + b`, from the prepared ρ - 1 and b. `gated(u, d)`: u + u ∘ d."""
     gain = over_rows(p["gain"]).to(u.dtype)
     return gated(u, gain) if "b" not in p else torch.addcmul(u, u - p["b"].to(u.dtype), gain)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..libraries import torch_hooks
 from .layer import LayerWeight
 from .product import frozen_product
 
@@ -79,6 +81,17 @@ class Packed4bitWeight(LayerWeight):
             packed, state = functional._convert_weight_packed_for_cpu_inverse(packed, state)
             state.absmax = scales
         return functional.dequantize_4bit(packed, state)
+
+    def to_fuse(self, x: Tensor) -> Packed4bitWeight | None:
+        # Without gradients the layer has kernels of its own for a few rows.
+        layer, trains = self.layer, torch.is_grad_enabled() and not self.inference_only
+        bare = type(layer).__name__ == "Linear4bit" and torch_hooks.runs_bare(layer)
+        alike = layer.compute_dtype in (None, x.dtype) and layer.weight.device == x.device
+        return self if trains and bare and alike else None
+
+    def layer_output(self, x: Tensor) -> Tensor:
+        """What the layer itself computes."""
+        return self.layer(x)
 
     def __call__(self, z: Tensor) -> Tensor:
         dtype = self.layer.compute_dtype or z.dtype  # as the layer: its own, or that of its input

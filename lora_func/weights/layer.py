@@ -88,6 +88,17 @@ class LayerWeight(Weight):
         """`W [d_out, d_in]` in the layout of the layer's own weight."""
         return W
 
+    def to_fuse(self, x: Tensor) -> Tensor | LayerWeight | None:
+        """The matrix, if all that the layer does to `x` is its product with it (and its bias).
+
+        As the layer's own tensor, or else as what has `layer_output`; see `fused.low_rank_linear`.
+        """
+        if not torch_hooks.is_plain_linear(self.layer):
+            return None
+        W = self.layer._parameters["weight"]
+        plain = type(W) in (Tensor, nn.Parameter) and not W.requires_grad
+        return W if plain and W.dtype == x.dtype and W.device == x.device else None
+
 
 class TransposedWeight(LayerWeight):
     """The weight of a layer that holds `[in, out]` and computes `x @ weight`."""

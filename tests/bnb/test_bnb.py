@@ -31,6 +31,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import lora_func as lf
 from lora_func.libraries.functorch import in_transform
+from lora_func.variants import _gate
 from lora_func.weights.table import weight_of
 
 variants = catalogue()
@@ -39,6 +40,7 @@ at_base = catalogue(at_base=True)
 over_at_base = pytest.mark.parametrize("variant", at_base.values(), ids=at_base.keys())
 over_kinds = pytest.mark.parametrize("kind", ["nf4", "fp4", "nf4, nested", "int8"])
 over_packings = pytest.mark.parametrize("kind", ["nf4", "nf4, nested"])
+ALL = lf.Targets(roles=())
 Q_V_DOWN = lf.Targets(names=(r"(q|v|down)_proj$",))
 pytestmark = [
     pytest.mark.filterwarnings("ignore:MatMul8bitLt.*:UserWarning"),
@@ -377,6 +379,50 @@ def test_memory_for_backward(kind):
     assert kept(True) <= 1.05 * kept(False)
     linear = [module for module in packed.modules() if isinstance(module, nn.Linear)]
     assert kept(True) < sum(4 * layer.in_features * layer.out_features for layer in linear)
+
+
+class Noted(lf.DoRA):
+    """A DoRA that notes the matrices of its fused form."""
+
+    seen: list[Any] = []  # noqa: RUF012  (cleared by each test)
+
+    def fused(self, x, W, b, params):
+        self.seen.append(W)
+        return super().fused(x, W, b, params)
+
+
+class Apart(lf.DoRA):
+    """A DoRA without a fused form."""
+
+    fused = lf.Variant.fused
+
+
+@pytest.mark.parametrize("large", [_gate.LARGE, 0])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_4bit_layer_and_its_update_as_one_function(bias, large, device, monkeypatch):
+    """Where gradients are asked for. Without them, the layer has kernels of its own."""
+    monkeypatch.setattr(_gate, "LARGE", large)
+    model = nn.Sequential(pack(nn.Linear(64, 96, bias), "nf4", device), nn.SiLU(inplace=True))
+    x = torch.randn(5, 64, device=device).requires_grad_()
+    found = []
+    for kind in (Noted, Apart):
+        adapter, params = lf.adapt(
+            model, kind(r=4), targets=ALL, generator=torch.Generator().manual_seed(0)
+        )
+        torch.manual_seed(0)
+        leaves = {key: leaf.requires_grad_() for key, leaf in trained(params).items()}
+        Noted.seen.clear()
+        out = adapter(model, leaves, x)
+        assert len(Noted.seen) == (kind is Noted)
+        grads = torch.autograd.grad(out.square().sum(), [x, *leaves.values()], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), list(leaves.values()))
+        found.append((out, *grads, *second))
+        with torch.no_grad():
+            adapter(model, leaves, x)
+        assert len(Noted.seen) == (kind is Noted)
+        assert torch.equal(adapter(model, params, x), model(x))
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 
 
 @over_variants
