@@ -1,6 +1,6 @@
 """What a training step asks of the GPU: kernels, and the time for which they run.
 
-The steps are those of `speed.py`, eager, compiled and in 4 bits, on few layers. `cpu` is the time
+The steps are those of `speed.py`, on few layers. `cpu` is the time
 until the CPU has asked for all kernels, and `wall` that until they are done: where both are equal,
 the GPU waits.
 `python bench/profile_steps.py --help`
@@ -26,6 +26,7 @@ ROWS = [
     Row("0.6B", 28, 4, 512, "eager", "lora", "q, v"),
     *(Row("0.6B", 28, 4, 512, "eager", name, "all linear") for name in ("lora", "dora")),
     *(Row("8B", 8, 2, 2048, "nf4", name, "all linear") for name in ("lora", "dora")),
+    *(Row("8B", 8, 4, 2048, "checkpointing", name, "all linear") for name in ("lora", "dora")),
     Row("8B", 8, 2, 2048, "compiled", "lora", "all linear"),
 ]
 LONGEST = 16
@@ -66,11 +67,14 @@ def clocked(step: Callable[[], Any], times: int = 10) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--r", type=int, default=32)
+    parser.add_argument("--ways", nargs="*", default=list(dict.fromkeys(row.way for row in ROWS)))
     given = vars(parser.parse_args())
     common = {"device": "cuda", "dtype": "bfloat16", "toy": False, "peft": False}
     options = argparse.Namespace(**common, **given, most_layers=32, most_tokens=2048)
     rows: list[dict[str, Any]] = []
     for row in ROWS:
+        if row.way not in options.ways:
+            continue
         for who, step in Contenders(row, options).steps().items():
             if who == "torch.func.grad" and row.way == "compiled":  # fails on torch 2.11
                 continue

@@ -4,11 +4,13 @@ A step is a forward and a backward: to the input embeddings for the base, which 
 model has to do, and to the adapter for the others. All contenders of a row run interleaved in one
 process, on weights of their own or shared ones, with PEFT's same method beside ours. A round is
 several steps, launched as a training loop launches them: without a wait for the GPU between them.
-"apart" is ours without the fused form of the variant.
+"ours" is a call of the adapter, and "bound" the same adapter bound to its model (`lf.bind`), which
+builds no view in each step. "apart" is ours without the fused form of the variant.
 
     eager           as a training loop runs it
     checkpointing   with each block computed again in backward
-    compiled        by torch.compile, and ours also as torch.func.grad
+    compiled        by torch.compile, and ours also as torch.func.grad. The attention is PyTorch's
+                    flash attention, since cuDNN's backward has no derivative for torch.func.grad
     graph           as one CUDA graph, replayed
     nf4             on a base in 4 bits, and ours also as torch.func.grad
     population      as a training loop runs it, with an adapter for each sequence of the batch
@@ -19,6 +21,7 @@ several steps, launched as a training loop launches them: without a wait for the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import statistics
 import tempfile
@@ -31,6 +34,7 @@ import torch
 from common import commit, interleaved, peak, peft_config, qwen3, ratio, repeated, replayed, write
 from overhead import LINEAR, Q_V
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import lora_func as lf
@@ -147,7 +151,11 @@ class Contenders:
             "base": (lambda: loss(self.model(**self.batch)), [self.embeds]),
             "ours": (lambda: self.loss_of(self.leaves), [*self.leaves.values()]),
         }
-        if self.row.way in ("eager", "graph"):
+        if self.row.way in ("eager", "checkpointing", "nf4"):
+            view = lf.bind(self.adapter, self.model, self.leaves)
+            batch = {**self.batch, "inputs_embeds": self.embeds.detach()}
+            forwards["bound"] = lambda: loss(view(**batch)), [*self.leaves.values()]
+        if self.row.way == "graph":
             apart = lambda: self.loss_of(self.leaves, self.apart)  # noqa: E731
             forwards["apart"] = apart, [*self.leaves.values()]
         if self.theirs is not None:
@@ -184,6 +192,13 @@ def stepped(forward: Callable[[], Tensor], wanted: Sequence[Tensor]) -> Callable
 
 def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     """Times over the base, and memory beyond it."""
+    flash = row.way == "compiled" and options.device == "cuda"
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else contextlib.nullcontext():
+        return timed(row, options)
+
+
+def timed(row: Row, options: argparse.Namespace) -> dict[str, Any]:
+    """`measure`, with whatever attention is chosen."""
     contenders = Contenders(row, options)
     steps, errors = {}, {}
     for who, step in contenders.steps().items():
@@ -191,7 +206,7 @@ def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
             step()
             steps[who] = step
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            errors[who] = str(error).partition("\n")[0][:200]
+            errors[who] = str(error)[:300]
         gc.collect()
     loops = {who: repeated(step, options.in_a_row) for who, step in steps.items()}
     times = interleaved(loops, options.rounds)

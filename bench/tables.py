@@ -280,7 +280,7 @@ def decode(kind: str) -> str:
 def speed(kind: str) -> str:
     """A training step in the shapes of real models, in each way that it can run."""
     result, ran_on = read(f"speed-{kind}")
-    who = ["ours", "apart", "torch.func.grad", "peft"]
+    who = ["ours", "bound", "torch.func.grad", "peft"]
     rows = []
     for row in result["rows"]:
         times, peaks = row["over base"], row["mebibytes"]
@@ -302,12 +302,12 @@ def speed(kind: str) -> str:
                 *memory,
             ]
         )
-    headers = ["model and batch", "way", "variant", "base, ms", "ours", "ours, apart", "ours, grad"]
+    headers = ["model and batch", "way", "variant", "base, ms", "ours", "ours, bound", "ours, grad"]
     table = markdown(rows, [*headers, "PEFT", "GiB over base", "PEFT: GiB"])
-    several = max(row["in a row"] for row in result["rows"])
+    several = sorted({row["in a row"] for row in result["rows"]})
     about = (
-        f"Times over the base's; {result['settings']['dtype']}, r=32. A round is up to {several} "
-        "steps without a wait between them; of compiled steps and of populations it is one."
+        f"Times over the base's; {result['settings']['dtype']}, r=32. A round is "
+        f"{' or '.join(map(str, several))} steps without a wait between them."
     )
     return f"{table}\n\n{about} {ran_on}."
 
@@ -316,7 +316,7 @@ def kernels(kind: str) -> str:
     """What the steps ask of the GPU."""
     result, ran_on = read(f"kernels-{kind}")
     rows: list[list[str]] = []
-    shown = {"ours": "ours", "apart": "ours, apart", "torch.func.grad": "ours, grad"}
+    shown = {"ours": "ours", "bound": "ours, bound", "torch.func.grad": "ours, grad"}
     for row in result["rows"]:
         numbers = [f"{row[name]:.1f}" for name in ("milliseconds", "cpu", "wall")]
         adapter = f"{row['variant']} on {row['targets']}"
