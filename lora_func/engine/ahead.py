@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..libraries.functorch import applied, copy_together, in_transform
 from . import together
 from .examples import Entries, prepare
+from .holder import Holder
 from .layer import AdaptedLayer
 
 
@@ -77,9 +78,12 @@ def prepare_alone(
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     """That of the first parameter that is not packed, and so most likely of the activations."""
-    for parameter in model.parameters():
-        if type(parameter) is nn.Parameter and parameter.is_floating_point():
-            return parameter.dtype
+    for module in model.modules():
+        if isinstance(module, Holder):  # of a bound view, with the adapter's own parameters
+            continue
+        for t in module._parameters.values():  # which are plain tensors in a bound view
+            if type(t) in (Tensor, nn.Parameter) and t.is_floating_point():
+                return t.dtype
     return torch.float32
 
 

@@ -30,6 +30,7 @@ from torch.func import grad, jvp, vmap
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import lora_func as lf
+from lora_func.engine.layer import AdaptedLayer
 from lora_func.libraries.functorch import in_transform
 from lora_func.variants import _gate
 from lora_func.weights.table import weight_of
@@ -241,9 +242,12 @@ def test_parameters_are_rounded_before_the_first_layer(device):
     packed, batch = packed.bfloat16(), batch_on(device)
     adapter, params = adapt(packed, lf.DoRA(r=2), device)
     view = adapter.view(packed, params, call=True)
-    kept = [t for layer in view.layers for t in layer._kept.entries.params.values()]
-    assert {t.dtype for t in kept} == {torch.bfloat16}
-    assert adapter(packed, params, batch).logits.isfinite().all()
+    bound = lf.bind(adapter, packed, {k: t.requires_grad_() for k, t in params.items()})
+    assert bound(**batch).logits.isfinite().all()
+    own = [module for module in bound.modules() if isinstance(module, AdaptedLayer)]
+    for layers in (view.layers, own):
+        kept = [t for layer in layers for t in layer._kept.entries.params.values()]
+        assert {t.dtype for t in kept} == {torch.bfloat16}
 
 
 def pack_wide(layer: nn.Linear, device: str) -> Any:
