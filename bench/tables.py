@@ -316,7 +316,12 @@ def kernels(kind: str) -> str:
     """What the steps ask of the GPU."""
     result, ran_on = read(f"kernels-{kind}")
     rows: list[list[str]] = []
-    shown = {"ours": "ours", "bound": "ours, bound", "torch.func.grad": "ours, grad"}
+    shown = {
+        "ours": "ours",
+        "bound": "ours, bound",
+        "apart": "ours, apart",
+        "torch.func.grad": "ours, grad",
+    }
     for row in result["rows"]:
         numbers = [f"{row[name]:.1f}" for name in ("milliseconds", "cpu", "wall")]
         adapter = f"{row['variant']} on {row['targets']}"
