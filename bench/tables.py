@@ -490,6 +490,23 @@ def sweep_solved(kind: str) -> str:
     return report.intervals(result, "github")
 
 
+def seed(kind: str) -> str:
+    """The memory of lora-lite's setting."""
+    result, ran_on = read(f"seed-{kind}")
+    rows = [
+        [row["variant"], f"{row['parameters']:,}"]
+        + [f"{row[what] / size:.2f}" for what in ("bytes", "counted") for size in (1e9, 2**30)]
+        for row in result["rows"]
+    ]
+    headers = ["", "parameters", "peak, GB", "GiB", "counted, GB", "GiB"]
+    s = result["settings"]
+    about = (
+        f"{s['layers']} layers in the shape of Qwen3-0.6B, {s['batch']} x {s['tokens']} tokens, "
+        f"bfloat16, r={s['r']}, AdamW; all that is allocated, the weights of the base included"
+    )
+    return f"{markdown(rows, headers)}\n\n{about}. {ran_on}."
+
+
 def sweep_findings(kind: str) -> str:
     """What the sweep says, and what it cannot."""
     result, _ = read(f"sweep-{kind}")
@@ -616,17 +633,26 @@ def init(kind: str) -> str:
 
 def decompositions(kind: str) -> str:
     """Ways to the largest singular triplets."""
-    result, ran_on = read(f"init-{kind}")
-    cells = []
+    result, _ = read(f"init-{kind}")
+    cells, r, where = [], result["settings"]["r"], result["where"]
+    shown = ("decaying", "steep", "flat", "of rank n / 10", "three outliers")
     for row in result["rows"]["decompositions"]:
-        cells.append(["{} x {}".format(*row["shape"]), row["way"]])
+        m, n = row["shape"]
+        if row.get("r", r) != r or row["spectrum"] not in shown[: 5 if m == n else 1]:
+            continue
+        if row["way"] == "gesvdj":  # which is what torch takes by itself
+            continue
+        cells.append(["{} x {}".format(*row["shape"]), row["spectrum"], row["way"]])
         if "error" in row:
-            cells[-1] += [row["error"], "-", "-"]
+            cells[-1] += ["-", "no convergence", "-"]
         else:
             off = max(row["U off"], row["V off"])
-            cells[-1] += [f"{1e3 * row['seconds']:,.0f}", f"{row['energy']:.4f}", f"{off:.0e}"]
-    table = markdown(cells, ["matrix", "way", "ms", "energy / exact", "UᵀU - I, VᵀV - I"])
-    return f"{table}\n\nfloat32, r={result['settings']['r']}, decaying spectrum. {ran_on}."
+            cells[-1] += [f"{1e3 * row['seconds']:,.0f}"]
+            cells[-1] += [f"{x:.0e}" for x in (row["singular values off"], off)]
+    headers = ["matrix", "spectrum", "way", "ms", "singular values off", "UᵀU - I, VᵀV - I"]
+    commits = {row.get("commit", where["commit"]) for row in result["rows"]["decompositions"]}
+    ran_on = f"{where['device']}; torch {where['torch']}; commit {', '.join(sorted(commits))}"
+    return f"{markdown(cells, headers)}\n\nfloat32, r={r}. {ran_on}."
 
 
 def scaling(kind: str) -> str:
@@ -734,6 +760,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sweep-rank": lambda: swept("h200", "rank"),
     "sweep-matched": lambda: swept("h200", "matched"),
     "sweep-solved": lambda: sweep_solved("h200"),
+    "seed-h200": lambda: seed("h200"),
     "sweep-nf4": lambda: swept("h200", "configured, nf4"),
     "parity": lambda: parity("cpu"),
     "cost-headline": cost_headline,
