@@ -10,7 +10,7 @@ from torch import Tensor
 from ..fused import can_repeat, repeated
 from ..kernels import takes
 from ..libraries.functorch import applied, in_transform
-from ..precision import at_least_float32
+from ..linalg import at_least_float32
 
 
 def gated(y: Tensor, d: Tensor) -> Tensor:
