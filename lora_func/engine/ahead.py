@@ -82,7 +82,7 @@ def dtype_of(model: nn.Module) -> torch.dtype:
         if isinstance(module, Holder):  # of a bound view, with the adapter's own parameters
             continue
         for t in module._parameters.values():  # which are plain tensors in a bound view
-            if type(t) in (Tensor, nn.Parameter) and t.is_floating_point():
+            if t is not None and type(t) in (Tensor, nn.Parameter) and t.is_floating_point():
                 return t.dtype
     return torch.float32
 
