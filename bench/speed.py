@@ -145,8 +145,8 @@ class Contenders:
             for model in filter(None, (self.model, self.theirs)):
                 model.train().gradient_checkpointing_enable({"use_reentrant": False})
 
-    def steps(self) -> dict[str, Callable[[], Any]]:
-        """Name -> a step, as the row runs it."""
+    def forwards(self) -> dict[str, tuple[Callable[[], Tensor], Sequence[Tensor]]]:
+        """Name -> the loss, and what it is derived by."""
         forwards: dict[str, tuple[Callable[[], Tensor], Sequence[Tensor]]] = {
             "base": (lambda: loss(self.model(**self.batch)), [self.embeds]),
             "ours": (lambda: self.loss_of(self.leaves), [*self.leaves.values()]),
@@ -161,8 +161,13 @@ class Contenders:
         if self.theirs is not None:
             own = [p for p in self.theirs.parameters() if p.requires_grad]
             forwards["peft"] = lambda: loss(self.theirs(**self.batch)), own
+        return forwards
+
+    def steps(self) -> dict[str, Callable[[], Any]]:
+        """Name -> a step, as the row runs it."""
         compiled = torch.compile if self.row.way == "compiled" else lambda forward: forward
-        steps = {who: stepped(compiled(run), wanted) for who, (run, wanted) in forwards.items()}
+        runs = self.forwards().items()
+        steps = {who: stepped(compiled(run), wanted) for who, (run, wanted) in runs}
         if self.row.way in ("compiled", "nf4"):
             grad = compiled(torch.func.grad(self.loss_of))
             steps["torch.func.grad"] = lambda: grad(dict(self.leaves))
