@@ -14,7 +14,7 @@ import roofline
 from common import commit, read, write
 from speed import ROWS, Contenders
 
-WAYS = ("eager", "checkpointing", "graph", "population")
+WAYS = ("eager", "graph", "population")
 
 
 def main() -> None:
