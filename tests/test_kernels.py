@@ -39,18 +39,29 @@ def check(given, exact, dtype, what=""):
 
 @runs
 @dtypes
-@pytest.mark.parametrize("size", [(1, 16), (5, 3), (2, 37, 300), (700, 129), (1, 1)])
-def test_gate(dtype, size):
+@pytest.mark.parametrize(
+    ("size", "own"),
+    [
+        *((size, False) for size in [(1, 16), (5, 3), (2, 37, 300), (700, 129), (1, 1)]),
+        *((size, True) for size in [(1, 16), (5, 3), (2, 37, 300), (3, 33, 20)]),
+    ],
+)
+def test_gate(dtype, size, own):
+    """Of all rows, and of examples with gates of their own."""
     from lora_func.kernels import programs  # noqa: PLC0415  (which imports Triton)
 
     torch.manual_seed(0)
-    y, grad, d = drawn(*size, dtype=dtype), drawn(*size, dtype=dtype), drawn(size[-1], dtype=dtype)
+    y, grad = drawn(*size, dtype=dtype), drawn(*size, dtype=dtype)
+    d = drawn(*(size[0], 1) * own, size[-1], dtype=dtype)
+    if own:
+        y, grad = (t.view(size[0], -1, size[-1]) for t in (y, grad))
     wide = y.double(), grad.double(), d.double()
     check(programs.gate(y, d), wide[0] * (1 + wide[2]), dtype)
     dy, dd = programs.gate_backward(grad, y, d)
     assert (dy.dtype, dd.dtype) == (dtype, torch.float32)
     check(dy, wide[1] * (1 + wide[2]), dtype)
-    check(dd, (wide[0] * wide[1]).flatten(0, -2).sum(0), dtype)
+    assert dd.shape == d.shape
+    check(dd, (wide[0] * wide[1]).sum_to_size(d.shape), dtype)
 
 
 @runs
@@ -105,13 +116,15 @@ def test_which_tensors():
 
 @on_gpu
 @pytest.mark.parametrize("variant", [lf.IA3(), lf.DoRA(r=4)])
-def test_a_large_gate_has_its_derivatives(variant, monkeypatch):
-    """First ones by the kernel, second ones without."""
+@pytest.mark.parametrize("own", [False, True])
+def test_a_large_gate_has_its_derivatives(variant, own, monkeypatch):
+    """First ones by the kernel, second ones without; also with a gate for each example."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 96, bias=False)).cuda()
     adapter, params = lf.adapt(model, variant, targets=lf.Targets(roles=(), names=("0",)))
+    params = lf.expand(params, 4) if own else params
     leaves = {k: (t + 0.1 * torch.randn_like(t)).requires_grad_() for k, t in params.items()}
-    x = torch.randn(40, 64, device="cuda", requires_grad=True)
+    x = torch.randn(4, 10, 64, device="cuda", requires_grad=True)
 
     def found():
         out = adapter(model, leaves, x)

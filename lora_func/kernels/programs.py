@@ -19,30 +19,34 @@ from torch import Tensor
 
 
 def gate(y: Tensor, d: Tensor, out: Tensor | None = None, zero: float = 0.0) -> Tensor:
-    """`y + y ∘ d`, for `y [.., n]` and `d [n]`. Rounded once.
+    """`y + y ∘ d`, for `y [.., n]` and `d [n]`, or `y [k, rows, n]` and `d [k, 1, n]`.
 
-    `out`: where to write it, which may be y. `zero`: in the place of a factor 1 + d of zero.
+    Rounded once. `out`: where to write it, which may be y. `zero`: in the place of a factor 1 + d
+    of zero.
     """
-    out, n = torch.empty_like(y) if out is None else out, d.shape[0]
-    rows = y.numel() // n
-    grid = triton.cdiv(rows, 16), triton.cdiv(n, 256)
+    out, n = torch.empty_like(y) if out is None else out, d.shape[-1]
+    groups = d.numel() // n
+    rows = y.numel() // n // groups  # of each group
+    parts = triton.cdiv(rows, 16)
     with torch.cuda.device_of(y):  # Triton takes the current device, whatever that of a tensor
-        gate_kernel[grid](y, d, out, zero, rows, n, BLOCK_R=16, BLOCK_N=256)
+        gate_kernel[groups * parts, triton.cdiv(n, 256)](
+            y, d, out, zero, rows, n, parts, BLOCK_R=16, BLOCK_N=256
+        )
     return out
 
 
 def gate_backward(grad: Tensor, y: Tensor, d: Tensor, zero: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Of `gate`: `grad + grad ∘ d`, and the sum of `grad ∘ y` over all rows, `[n]` in float32."""
-    dy, n = torch.empty_like(grad), d.shape[0]
-    rows = y.numel() // n
+    """Of `gate`: `grad + grad ∘ d`, and `grad ∘ y`, summed to the shape of d in float32."""
+    dy, n = torch.empty_like(grad), d.shape[-1]
+    groups = d.numel() // n
+    rows = y.numel() // n // groups
     parts = triton.cdiv(rows, 32)
-    sums = torch.empty(parts, n, dtype=torch.float32, device=y.device)
-    grid = parts, triton.cdiv(n, 512)
+    sums = torch.empty(groups, parts, n, dtype=torch.float32, device=y.device)
     with torch.cuda.device_of(y):
-        gate_backward_kernel[grid](
-            grad, y, d, dy, sums, zero, rows, n, STEPS=4, BLOCK_R=8, BLOCK_N=512
+        gate_backward_kernel[groups * parts, triton.cdiv(n, 512)](
+            grad, y, d, dy, sums, zero, rows, n, parts, STEPS=4, BLOCK_R=8, BLOCK_N=512
         )
-    return dy, sums.sum(0)
+    return dy, sums.sum(1).view(d.shape)
 
 
 def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
@@ -78,14 +82,15 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> No
 
 @triton.jit
 def gate_kernel(  # noqa: PLR0917  # pyright: ignore
-    y, d, out, zero, rows, n, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
+    y, d, out, zero, rows, n, parts, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """A tile of `gate`."""
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """A tile of `gate`, in one group of rows."""
+    group, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    row = part * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = row[:, None].to(tl.int64) * n + column[None, :]
+    at = (group * rows + row)[:, None].to(tl.int64) * n + column[None, :]
     inside = (row[:, None] < rows) & (column[None, :] < n)
-    factor = 1 + tl.load(d + column, mask=column < n, other=0).to(tl.float32)
+    factor = 1 + tl.load(d + group * n + column, mask=column < n, other=0).to(tl.float32)
     factor = tl.where(factor == 0, zero, factor)
     u = tl.load(y + at, mask=inside, other=0).to(tl.float32)
     tl.store(out + at, (u * factor[None, :]).to(out.dtype.element_ty), mask=inside)
@@ -93,26 +98,18 @@ def gate_kernel(  # noqa: PLR0917  # pyright: ignore
 
 @triton.jit
 def gate_backward_kernel(  # noqa: PLR0917  # pyright: ignore
-    grad,
-    y,
-    d,
-    dy,
-    sums,
-    zero,
-    rows,
-    n,
-    STEPS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Some rows of `gate_backward`, in a strip of columns."""
+    grad, y, d, dy, sums, zero, rows, n, parts,
+    STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Some rows of `gate_backward` of one group, in a strip of columns."""
+    group, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    factor = 1 + tl.load(d + column, mask=column < n, other=0).to(tl.float32)
+    factor = 1 + tl.load(d + group * n + column, mask=column < n, other=0).to(tl.float32)
     factor = tl.where(factor == 0, zero, factor)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for step in range(STEPS):
-        row = (tl.program_id(0) * STEPS + step) * BLOCK_R + tl.arange(0, BLOCK_R)
-        at = row[:, None].to(tl.int64) * n + column[None, :]
+        row = (part * STEPS + step) * BLOCK_R + tl.arange(0, BLOCK_R)
+        at = (group * rows + row)[:, None].to(tl.int64) * n + column[None, :]
         inside = (row[:, None] < rows) & (column[None, :] < n)
         g = tl.load(grad + at, mask=inside, other=0).to(tl.float32)
         u = tl.load(y + at, mask=inside, other=0).to(tl.float32)

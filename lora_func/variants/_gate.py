@@ -98,11 +98,13 @@ class GatedOver(torch.autograd.Function):
 
 
 def is_large(*tensors: Tensor) -> bool:
-    """Whether our own kernel, which autograd cannot pass, is faster for a gate `d [n]`.
+    """Whether our own kernel, which autograd cannot pass, is faster for a gate.
 
-    It is the last of the tensors.
+    The last of the tensors is the gate `d [n]`, or `[k, 1, n]` of k examples `[k, rows, n]`.
     """
-    large = tensors[0].numel() >= LARGE and tensors[-1].dim() == 1
+    y, d = tensors[0], tensors[-1]
+    fits = d.dim() == 1 or d.shape == (y.shape[0], 1, y.shape[-1])
+    large = y.numel() >= LARGE and fits
     return large and not torch.is_grad_enabled() and takes(*tensors)
 
 
