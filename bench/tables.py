@@ -312,6 +312,29 @@ def speed(kind: str) -> str:
     return f"{table}\n\n{about} {ran_on}."
 
 
+def speed_floor(kind: str) -> str:
+    """What the steps ask of a GPU, beside what they took."""
+    result, _ = read("speed-floor-cpu")
+    names = ("shape", "layers", "batch", "tokens", "way", "variant", "targets")
+    measured = {tuple(row[n] for n in names): row for row in read(f"speed-{kind}")[0]["rows"]}
+    rows = []
+    for row in result["rows"]:
+        beside = measured[tuple(row[n] for n in names)]
+        times, peaks = beside["over base"], beside["mebibytes"]
+        took = " / ".join(f"{times[who]:.2f}" for who in ("ours", "bound") if who in times)
+        setting = f"{row['shape']}, {row['layers']} layers, {row['batch']} x {row['tokens']}"
+        counted = [f"{row[f'{what} over base']:.2f}" for what in ("kernels", "operations")]
+        memory = [row["mebibytes over base"], peaks["ours"] - peaks["base"]]
+        shown = [f"{x:,.0f}" if row["way"] != "graph" else "-" for x in memory]
+        adapter = f"{row['variant']}, {row['targets']}"
+        rows.append([setting, row["way"], adapter, *counted, took, *shown])
+    headers = ["model and batch", "way", "variant", "kernels", "operations", "took", "MiB", "took"]
+    s = result["settings"]
+    return (
+        f"{markdown(rows, headers)}\n\nCounted with the rates of {s['rates']}; {s['dtype']}, r=32."
+    )
+
+
 def kernels(kind: str) -> str:
     """What the steps ask of the GPU."""
     result, ran_on = read(f"kernels-{kind}")
@@ -752,6 +775,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "init-h200": lambda: init("h200"),
     "decompositions-h200": lambda: decompositions("h200"),
     "scaling-h200": lambda: scaling("h200"),
+    "speed-floor": lambda: speed_floor("h200"),
     "scaling-70b": scaling_70b,
     "sweep-findings": lambda: sweep_findings("h200"),
     "sweep-about": lambda: sweep_about("h200"),
