@@ -328,11 +328,11 @@ def speed_floor(kind: str) -> str:
         shown = [f"{x:,.0f}" if row["way"] != "graph" else "-" for x in memory]
         adapter = f"{row['variant']}, {row['targets']}"
         rows.append([setting, row["way"], adapter, *counted, took, *shown])
-    headers = ["model and batch", "way", "variant", "kernels", "operations", "took", "MiB", "took"]
+    headers = ["model and batch", "way", "variant", "kernels", "operations", "step: call / bound"]
+    headers += ["MiB, counted", "MiB, measured"]
     s = result["settings"]
-    return (
-        f"{markdown(rows, headers)}\n\nCounted with the rates of {s['rates']}; {s['dtype']}, r=32."
-    )
+    about = f"Counted with the rates of {s['rates']}; {s['dtype']}, r=32. All over the base's."
+    return f"{markdown(rows, headers)}\n\n{about}"
 
 
 def kernels(kind: str) -> str:
