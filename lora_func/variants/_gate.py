@@ -103,7 +103,7 @@ def is_large(*tensors: Tensor) -> bool:
     The last of the tensors is the gate `d [n]`, or `[k, 1, n]` of k examples `[k, rows, n]`.
     """
     y, d = tensors[0], tensors[-1]
-    fits = d.dim() == 1 or d.shape == (y.shape[0], 1, y.shape[-1])
+    fits = d.dim() == 1 or (y.dim() == 3 and d.shape == (y.shape[0], 1, y.shape[-1]))
     large = y.numel() >= LARGE and fits
     return large and not torch.is_grad_enabled() and takes(*tensors)
 
