@@ -27,6 +27,7 @@ __all__ = [
     "over_rows",
     "randomized_svd",
     "skew",
+    "svd_by_eigenvectors",
     "top_svd",
     "uniform",
     "weighted_sum",
@@ -170,18 +171,29 @@ def top_svd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`U_r [.., m, r]`, `S_r [.., r]`, `V_r [.., r, n]` of `W [.., m, n]`, for r up to min(m, n).
 
-    In float32, or float64 for a float64 W. With `niter` randomized, see `randomized_svd`.
-
-    Otherwise by the eigenvectors of the smaller of WᵀW and WWᵀ in float64, so that the squares lose
-    nothing that float32 has: values and orthogonality are exact to 6e-8 for any spectrum. For
-    4096 x 4096 on an H200 that takes 0.12 s, and torch's own SVD in float32 1 to 4 s, with errors
-    of 1e-3 (bench/results/init-h200.json).
+    In float32, or float64 for a float64 W. With `niter` randomized, see `randomized_svd`. Exact
+    otherwise: on a CPU by LAPACK, with the signs of PEFT's inits, and on a GPU by
+    `svd_by_eigenvectors`.
     """
     W = at_least_float32(W)
     if niter is not None:
         return randomized_svd(W, r, niter, generator)
+    if W.is_cuda:
+        return svd_by_eigenvectors(W, r)
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
+    return U[..., :r], S[..., :r], V[..., :r, :]
+
+
+def svd_by_eigenvectors(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The top r singular triplets of `W [.., m, n]`, by those of WᵀW or WWᵀ in float64.
+
+    The squares lose half of the digits, and float64 has twice those of float32: for a W in float32,
+    values and orthogonality are exact to 6e-8, whatever the spectrum. For 4096 x 4096 on an H200
+    that takes 0.12 s; `torch.linalg.svd` takes 1 to 4 s there, and errs by 1e-3
+    (bench/results/init-h200.json).
+    """
     tall = W.shape[-2] >= W.shape[-1]
-    M = (W if tall else W.mT).to("cpu" if W.is_mps else W.device, torch.float64)
+    M = (W if tall else W.mT).double()
     Q = torch.linalg.eigh(M.mT @ M).eigenvectors.flip(-1)[..., :r]  # the largest first
     P, R = torch.linalg.qr(M @ Q)  # orthogonal also where a singular value is zero
     S = R.diagonal(dim1=-2, dim2=-1)

@@ -179,18 +179,28 @@ SPECTRA = {
 
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
 @pytest.mark.parametrize("shape", [(24, 24), (24, 40), (40, 24)], ids=str)
-def test_top_svd_in_float32(spectrum, shape):
+def test_svd_by_eigenvectors(spectrum, shape):
     """It is exact to the rounding of float32, where torch's own errs by 1e-6, on a GPU by 1e-3."""
     S = spectrum(torch.arange(24, **F64))
     U, V = (torch.linalg.qr(torch.randn(n, 24, **F64)).Q for n in shape)
     W = (U * S @ V.mT).float()
     for r in (4, 24):
-        found, values, right = (t.double() for t in linalg.top_svd(W, r))
+        found, values, right = (t.double() for t in linalg.svd_by_eigenvectors(W, r))
         assert (values - S[:r]).abs().max() < 2e-7 * S[0]
         assert (found.mT @ found - eye(r)).abs().max() < 2e-7
         assert (right @ right.mT - eye(r)).abs().max() < 2e-7
         left = (W.double() - found * values @ right).norm()  # the best that is left over is S[r:]
         assert left - S[r:].norm() < 2e-7 * S.norm()
+
+
+def test_svds_of_a_stack():
+    W = torch.randn(3, 5, 4)
+    for way in (linalg.top_svd, linalg.svd_by_eigenvectors):
+        U, S, V = way(W, 2)
+        for k, one in enumerate(W):
+            best = torch.linalg.svd(one, full_matrices=False)
+            left = one - (best[0][:, :2] * best[1][:2]) @ best[2][:2]
+            torch.testing.assert_close(one - (U[k] * S[k]) @ V[k], left, rtol=1e-4, atol=1e-5)
 
 
 def test_top_svd_of_an_ill_conditioned_matrix():
