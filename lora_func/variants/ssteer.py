@@ -14,6 +14,9 @@ of each layer, the difference of two collections,
 
 `alpha` may change at inference: `adapter.replace(alpha=-4.0)` steers the other way, and 0 is the
 base output to the bit. The weight is read once, at init.
+
+The definition has a gap: an SVD leaves the signs of u_i and v_i open together, and dS_i takes the
+sign of u_i. So another SVD, such as that of a GPU, may steer other directions the other way.
 """
 
 from __future__ import annotations
