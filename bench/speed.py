@@ -38,6 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import lora_func as lf
+from lora_func.libraries.cuda_kernels import AsOnCUDA
 
 LLAMA_8B: dict[str, Any] = {
     "vocab_size": 128256,
@@ -142,8 +143,11 @@ class Contenders:
         self.embeds = embeds.requires_grad_()
         self.batch = {"inputs_embeds": embeds, "use_cache": False, "logits_to_keep": 1}
         if row.way == "checkpointing":
+            again: dict[str, Any] = {"use_reentrant": False}
+            if options.device == "meta":  # modes end where a backward starts
+                again["context_fn"] = lambda: (AsOnCUDA(), AsOnCUDA())
             for model in filter(None, (self.model, self.theirs)):
-                model.train().gradient_checkpointing_enable({"use_reentrant": False})
+                model.train().gradient_checkpointing_enable(again)
 
     def forwards(self) -> dict[str, tuple[Callable[[], Tensor], Sequence[Tensor]]]:
         """Name -> the loss, and what it is derived by."""

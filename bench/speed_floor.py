@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from scaling_report import IMAGES, png
 from speed import ROWS, Contenders, Row
 
-WAYS = ("eager", "graph", "population")
+WAYS = ("eager", "checkpointing", "graph", "population")
 """Of which the steps can be counted."""
 
 
