@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import takes
-from .libraries.functorch import applied, own_tensor
+from .libraries.functorch import applied, own_tensor, packs_saved
 from .linalg import cast, low_rank_update
 
 FEW = 16
@@ -51,6 +51,8 @@ def low_rank_linear(  # noqa: PLR0917  (the names of the formula)
         return inference(x, W, b, A, B, scale)
     if B.requires_grad and not A.requires_grad:
         return low_rank_update(base_output(x, W, b), x, A, B, scale)
+    if packs_saved():
+        return applied(Outer, applied(Inner, x, W, A, B), x, W, b, B, scale)
     return applied(LowRankLinear, x, W, b, A, B, scale)
 
 
@@ -93,8 +95,7 @@ class LowRankLinear(torch.autograd.Function):
     def forward(ctx: Any, x, W, b, A, B, scale):  # noqa: PLR0917  # pyright: ignore
         y, h = forward(x, W, b, A, B, scale)
         _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
-        ctx.packed = None if isinstance(W, Tensor) else W
-        plain = W if ctx.packed is None else None
+        plain, ctx.packed = (W, None) if isinstance(W, Tensor) else (None, W)
         ctx.save_for_backward(x if needs_A else None, plain, A, B, h if needs_B else None)
         ctx.scale = scale
         ctx.repeats = needs_A and b is None
@@ -109,19 +110,77 @@ class LowRankLinear(torch.autograd.Function):
         if again and needs_B:
             h = rows(x, A, B) @ A.mT  # x is there: A requires grad, too
         gh = product(g, B, ctx.scale)  # [.., r]
-        gx = None
-        if needs_x:
-            if W is None:
-                with torch.no_grad():
-                    W = ctx.packed.dense().to(grad.dtype)
-            gx = grad.matmul(W).contiguous()
-            if again:
-                gx = gx + (gh @ A).view_as(gx)
-            else:
-                add_product(rows(gx, A, B), gh, A, 1.0)
+        gx = plus_low_rank(through_base(grad, W, ctx.packed), gh, A, B) if needs_x else None
         gA = over(gh, rows(x, A, B), A) if needs_A else None
         gB = over(g, rows(h, A, B), B, ctx.scale) if needs_B else None
         return gx, None, None, gA, gB, None
+
+
+class Inner(torch.autograd.Function):
+    """`h = x Aᵀ`, for `Outer`. It keeps what both need for backward.
+
+    So all is kept before the layer's own product is made. A checkpoint that computes a block once
+    more stops when it has what was kept: it never makes that product if the layer is the last.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x, W, A, B):  # pyright: ignore
+        h = x @ A.mT if A.dim() == 3 or B.dim() == 3 else F.linear(x, A)
+        _, _, needs_A, needs_B = ctx.needs_input_grad
+        plain, ctx.packed = (W, None) if isinstance(W, Tensor) else (None, W)
+        ctx.save_for_backward(x if needs_A else None, plain, A, B, h if needs_B else None)
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, grad):  # pyright: ignore
+        (gx, x, A, B), ctx.handed = ctx.handed, None
+        gh = rows(grad, A, B)
+        gx = None if gx is None else plus_low_rank(gx, gh, A, B)
+        gA = over(gh, rows(x, A, B), A) if ctx.needs_input_grad[2] else None
+        return gx, None, gA, None
+
+
+class Outer(torch.autograd.Function):
+    """`x Wᵀ + b + scale h Bᵀ`. It hands to the backward of `Inner` what that needs of its own.
+
+    What a checkpoint keeps may be read only once, and the gradient of x is added to in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h, x, W, b, B, scale):  # noqa: PLR0917  # pyright: ignore
+        y = own_tensor(base_output(x, W, b).contiguous())
+        add_product(rows(y, h, B), rows(h, h, B), B.mT, scale)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad):  # pyright: ignore
+        inner = ctx.next_functions[0][0]
+        x, W, A, B, h = inner.saved_tensors
+        g, needs_B = rows(grad, A, B), ctx.needs_input_grad[4]
+        gh = product(g, B, ctx.scale).view(*grad.shape[:-1], -1)
+        gx = through_base(grad, W, inner.packed) if inner.needs_input_grad[0] else None
+        inner.handed = gx, x, A, B
+        if needs_B and torch.is_grad_enabled():
+            h = rows(x, A, B) @ A.mT
+        gB = over(g, rows(h, A, B), B, ctx.scale) if needs_B else None
+        return gh, None, None, None, gB, None
+
+
+def through_base(grad: Tensor, W: Tensor | None, packed: Packed | None) -> Tensor:
+    """`grad W`, of the layer's own or packed matrix."""
+    if packed is not None:
+        with torch.no_grad():
+            W = packed.dense().to(grad.dtype)
+    return grad.matmul(W).contiguous()  # pyright: ignore  (one of the two is there)
+
+
+def plus_low_rank(gx: Tensor, gh: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """`gx + gh A`, in its place unless it is to be differentiated."""
+    if torch.is_grad_enabled():
+        return gx + (gh @ A).view_as(gx)
+    add_product(rows(gx, A, B), gh, A, 1.0)
+    return gx
 
 
 def can_repeat(y: Tensor) -> bool:

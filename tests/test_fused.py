@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from models import trained
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_func as lf
+from lora_func.calculator import Live
 from lora_func.fused import low_rank_linear
 from lora_func.variants import _gate
 from lora_func.variants._gate import gated_over
@@ -24,12 +26,20 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, dtype=dtype).requires_grad_()
 
 
+@pytest.fixture(params=["alone", "packed"])
+def hooks(request):
+    """What is kept for backward is packed by hooks, as by those of a checkpoint, or is not."""
+    if request.param == "alone":
+        return contextlib.nullcontext
+    return lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: [t], lambda held: held[0])
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.7])
 @pytest.mark.parametrize(
     ("lead", "own"),
     [((2, 3), ""), ((7,), ""), ((), ""), ((2, 3), "AB"), ((2, 3), "A"), ((2, 3), "B")],
 )
-def test_its_derivatives_are_those_of_finite_differences(lead, own, scale):
+def test_its_derivatives_are_those_of_finite_differences(lead, own, scale, hooks):
     """First and second ones, one at a time and many, and the value is that of the plain formula."""
     torch.manual_seed(0)
     W, b = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
@@ -37,7 +47,8 @@ def test_its_derivatives_are_those_of_finite_differences(lead, own, scale):
     point = (leaf(*lead, 5), A, B)
 
     def f(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return low_rank_linear(x, W, b, A, B, scale)
+        with hooks():
+            return low_rank_linear(x, W, b, A, B, scale)
 
     x, A, B = point
     torch.testing.assert_close(f(*point), F.linear(x, W, b) + scale * (x @ A.mT) @ B.mT)
@@ -76,7 +87,7 @@ def test_a_frozen_A_needs_no_input():
 
 
 @pytest.mark.parametrize("frozen", ["B", "AB"])
-def test_frozen_factors(frozen):
+def test_frozen_factors(frozen, hooks):
     """What is left has its derivatives of both orders, and only what they need is kept."""
     torch.manual_seed(0)
     W, A, B, x = torch.randn(4, 5).double(), leaf(3, 5), leaf(4, 3), leaf(7, 5)
@@ -85,7 +96,8 @@ def test_frozen_factors(frozen):
     kept = []
 
     def f(*point: Tensor) -> Tensor:
-        return low_rank_linear(point[0], W, None, point[1] if len(point) > 1 else A, B)
+        with hooks():
+            return low_rank_linear(point[0], W, None, point[1] if len(point) > 1 else A, B)
 
     assert torch.autograd.gradcheck(f, point)
     assert torch.autograd.gradgradcheck(f, point)
@@ -96,8 +108,9 @@ def test_frozen_factors(frozen):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         f(*point)
-    assert (x.shape in kept) == ("A" not in frozen)
-    assert (7, 3) not in kept
+    if hooks is contextlib.nullcontext:  # the innermost hooks are those that see it
+        assert (x.shape in kept) == ("A" not in frozen)
+        assert (7, 3) not in kept
 
 
 class Spied(lf.LoRA):
@@ -241,8 +254,10 @@ def test_a_step_equals_that_of_the_plain_form(variant, dtype, large, monkeypatch
         grads = torch.autograd.grad(loss(), list(leaves.values()))
         bound = lf.bind(adapter, model, leaves)
         again = checkpoint(bound, x, use_reentrant=False).float().square().mean()
+        # Under a checkpoint a gate keeps its input, and else divides its output: rounded twice.
+        close: Any = {"rtol": 0.03, "atol": 1e-3} if dtype == torch.bfloat16 and not large else {}
         for grad, other in zip(grads, torch.autograd.grad(again, list(leaves.values()))):
-            torch.testing.assert_close(grad, other)
+            torch.testing.assert_close(grad, other, **close)
         found.append((loss().detach(), *grads))
     error = 1e-5 if dtype == torch.float32 else 0.03  # one rounding fewer
     for ours, theirs in zip(*found):
@@ -304,18 +319,50 @@ def test_derivatives_of_a_gate_over_its_input(lead, own, behind, none_is_small):
 def test_a_gate_keeps_only_its_output(none_is_small):
     """The output is there anyway, where what comes behind keeps it."""
     W, (x, A, B, d) = gate_setting()
-    kept = []
-
-    def pack(t: Tensor) -> Tensor:
-        kept.append(t.data_ptr())
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with Live() as live:
         y = gated_over(low_rank_linear(x, W, None, A, B), d)
-    assert sorted(kept) == sorted({*kept})
-    own = {t.data_ptr() for t in (x, W, A, B, d, y)}
-    assert len(set(kept) - own) == 1  # x Aᵀ
-    assert y.data_ptr() in kept
+    assert live.now == y.nbytes + 8 * x.shape[0] * A.shape[0]  # and x Aᵀ
+
+
+def test_a_gate_under_hooks_keeps_its_input(none_is_small):
+    """What a checkpoint keeps is not watched, so an activation in place would change it unseen."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.LeakyReLU(0.3, inplace=True))
+    adapter, params = lf.adapt(model, lf.DoRA(r=2), targets=ALL)
+    leaves = {key: t.requires_grad_() for key, t in trained(params).items()}
+    bound, x = lf.bind(adapter, model, leaves), torch.randn(5, 8).requires_grad_()
+    plain, again = (
+        torch.autograd.grad(run().square().sum(), [x, *leaves.values()])
+        for run in (lambda: bound(x), lambda: checkpoint(bound, x, use_reentrant=False))
+    )
+    for grad, other in zip(plain, again):
+        torch.testing.assert_close(grad, other)
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices that have `n` columns or rows."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.n, self.found = n, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore
+        out = func(*args, **(kwargs or {}))
+        if "mm" in func.__name__ and self.n in out.shape:
+            self.found += 1
+        return out
+
+
+def test_a_checkpoint_makes_no_product_that_it_does_not_need():
+    """Of the last layer of a block, to go back the base needs none, and so the adapter."""
+    model = nn.Sequential(nn.Linear(8, 6, bias=False), nn.Tanh(), nn.Linear(6, 13, bias=False))
+    adapter, params = lf.adapt(model, lf.LoRA(r=2), targets=ALL)
+    leaves = {key: t.requires_grad_() for key, t in trained(params).items()}
+    bound, x = lf.bind(adapter, model, leaves), torch.randn(5, 8).requires_grad_()
+    out = checkpoint(bound, x, use_reentrant=False)
+    with Products(13) as products:
+        torch.autograd.grad(out.sum(), list(leaves.values()))
+    assert products.found == 1  # the gradient of B, [13, 2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -61,6 +61,7 @@ RELIES_ON = {
     "torch.autograd.forward_ad": ("_current_level", "_set_fwd_grad_enabled"),
     "torch.autograd.function": ("_SingleLevelFunction",),
     "torch._C": ("_current_graph_task_id",),
+    "torch._C._autograd": ("_top_saved_tensors_default_hooks",),
     "torch": ("_foreach_copy_", "ops.aten._unsafe_view"),
 }
 
@@ -189,6 +190,11 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
 def in_backward() -> bool:
     """Whether a backward pass of autograd runs in this thread."""
     return torch._C._current_graph_task_id() != -1  # pyright: ignore  (compiled)
+
+
+def packs_saved() -> bool:
+    """Whether hooks pack what is kept for backward, as those of a checkpoint do."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore
 
 
 def own_tensor(t: Tensor) -> Tensor:
