@@ -52,7 +52,8 @@ def low_rank_linear(  # noqa: PLR0917  (the names of the formula)
     if B.requires_grad and not A.requires_grad:
         return low_rank_update(base_output(x, W, b), x, A, B, scale)
     if packs_saved():
-        return applied(Outer, applied(Inner, x, W, A, B), x, W, b, B, scale)
+        own = A.dim() == 3 or B.dim() == 3
+        return applied(Outer, applied(Inner, x, W, A, B, own), x, W, b, B, scale, own)
     return applied(LowRankLinear, x, W, b, A, B, scale)
 
 
@@ -78,14 +79,24 @@ def forward(  # noqa: PLR0917  (as above)
     x: Tensor, W: Tensor | Packed, b: Tensor | None, A: Tensor, B: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output, and `h = x Aᵀ`."""
+    own = A.dim() == 3 or B.dim() == 3
     y = own_tensor(base_output(x, W, b).contiguous())  # it is, unless x has a layout of its own
-    if A.dim() == 3 or B.dim() == 3:
-        h = x @ A.mT
-        add_product(y, h, B.mT, scale)
-        return y, h
-    h = F.linear(x, A)
-    add_product(y.view(-1, y.shape[-1]), h.view(-1, h.shape[-1]), B.t(), scale)
+    h = inner(x, A, own)
+    add_outer(y, h, B, scale, own)
     return y, h
+
+
+def inner(x: Tensor, A: Tensor, own: bool) -> Tensor:
+    """`x Aᵀ`. `own`: examples have factors of their own."""
+    return x @ A.mT if own else F.linear(x, A)
+
+
+def add_outer(y: Tensor, h: Tensor, B: Tensor, scale: float, own: bool) -> None:
+    """`y += scale h Bᵀ`, in place."""
+    if own:
+        add_product(y, h, B.mT, scale)
+    else:
+        add_product(y.view(-1, y.shape[-1]), h.view(-1, h.shape[-1]), B.t(), scale)
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -124,9 +135,9 @@ class Inner(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x, W, A, B):  # pyright: ignore
-        h = x @ A.mT if A.dim() == 3 or B.dim() == 3 else F.linear(x, A)
-        _, _, needs_A, needs_B = ctx.needs_input_grad
+    def forward(ctx: Any, x, W, A, B, own):  # noqa: PLR0917  # pyright: ignore
+        h = inner(x, A, own)
+        _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         plain, ctx.packed = (W, None) if isinstance(W, Tensor) else (None, W)
         ctx.save_for_backward(x if needs_A else None, plain, A, B, h if needs_B else None)
         return h
@@ -137,7 +148,7 @@ class Inner(torch.autograd.Function):
         gh = rows(grad, A, B)
         gx = None if gx is None else plus_low_rank(gx, gh, A, B)
         gA = over(gh, rows(x, A, B), A) if ctx.needs_input_grad[2] else None
-        return gx, None, gA, None
+        return gx, None, gA, None, None
 
 
 class Outer(torch.autograd.Function):
@@ -147,15 +158,15 @@ class Outer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h, x, W, b, B, scale):  # noqa: PLR0917  # pyright: ignore
+    def forward(ctx: Any, h, x, W, b, B, scale, own):  # noqa: PLR0917  # pyright: ignore
         y = own_tensor(base_output(x, W, b).contiguous())
-        add_product(rows(y, h, B), rows(h, h, B), B.mT, scale)
+        add_outer(y, h, B, scale, own)
         ctx.scale = scale
         return y
 
     @staticmethod
     def backward(ctx: Any, grad):  # pyright: ignore
-        inner = ctx.next_functions[0][0]
+        inner = ctx.next_functions[0][0]  # the node of `Inner`
         x, W, A, B, h = inner.saved_tensors
         g, needs_B = rows(grad, A, B), ctx.needs_input_grad[4]
         gh = product(g, B, ctx.scale).view(*grad.shape[:-1], -1)
@@ -164,7 +175,7 @@ class Outer(torch.autograd.Function):
         if needs_B and torch.is_grad_enabled():
             h = rows(x, A, B) @ A.mT
         gB = over(g, rows(h, A, B), B, ctx.scale) if needs_B else None
-        return gh, None, None, None, gB, None
+        return gh, None, None, None, gB, None, None
 
 
 def through_base(grad: Tensor, W: Tensor | None, packed: Packed | None) -> Tensor:
