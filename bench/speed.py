@@ -9,8 +9,7 @@ builds no view in each step. "apart" is ours without the fused form of the varia
 
     eager           as a training loop runs it
     checkpointing   with each block computed again in backward
-    compiled        by torch.compile, and ours also as torch.func.grad. The attention is PyTorch's
-                    flash attention, since cuDNN's backward has no derivative for torch.func.grad
+    compiled        by torch.compile, and ours also as torch.func.grad
     graph           as one CUDA graph, replayed
     nf4             on a base in 4 bits, and ours also as torch.func.grad
     population      as a training loop runs it, with an adapter for each sequence of the batch
@@ -21,7 +20,6 @@ builds no view in each step. "apart" is ours without the fused form of the varia
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import statistics
 import tempfile
@@ -34,7 +32,6 @@ import torch
 from common import commit, interleaved, peak, peft_config, qwen3, ratio, repeated, replayed, write
 from overhead import LINEAR, Q_V
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import lora_func as lf
@@ -201,13 +198,6 @@ def stepped(forward: Callable[[], Tensor], wanted: Sequence[Tensor]) -> Callable
 
 def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     """Times over the base, and memory beyond it."""
-    flash = row.way == "compiled" and options.device == "cuda"
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else contextlib.nullcontext():
-        return timed(row, options)
-
-
-def timed(row: Row, options: argparse.Namespace) -> dict[str, Any]:
-    """`measure`, with whatever attention is chosen."""
     contenders = Contenders(row, options)
     steps, errors = {}, {}
     for who, step in contenders.steps().items():

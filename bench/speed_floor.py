@@ -13,10 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import roofline
+import torch
 from common import commit, read, write
 from matplotlib.figure import Figure
 from scaling_report import IMAGES, png
-from speed import ROWS, Contenders, Row
+from speed import ROWS, Contenders, Row, loss
+from torch import Tensor
+
+from lora_func.calculator import Live
+from lora_func.libraries.cuda_kernels import AsOnCUDA
 
 WAYS = ("eager", "checkpointing", "graph", "population")
 """Of which the steps can be counted."""
@@ -35,6 +40,19 @@ def counted(row: Row, rates: roofline.Rates, options: argparse.Namespace) -> dic
         "bytes over base": ours.moved / base.moved,
         "mebibytes over base": (ours.peak - base.peak) / 2**20,
     }
+
+
+def of_base(rates: roofline.Rates, options: argparse.Namespace) -> dict[str, float]:
+    """MiB at the peak of a step of the base, plain and by torch.func.grad: 8 layers of the 8B."""
+    contenders = Contenders(Row("8B", 8, 2, 2048, "eager", "lora", "q, v"), options)
+    plain = roofline.predicted(*contenders.forwards()["base"], rates).peak
+
+    def loss_at(embeds: Tensor) -> Tensor:
+        return loss(contenders.model(**{**contenders.batch, "inputs_embeds": embeds}))
+
+    with Live() as live, AsOnCUDA():
+        torch.func.grad(loss_at)(contenders.embeds.detach())
+    return {"plain": plain / 2**20, "torch.func.grad": live.peak / 2**20}
 
 
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -93,7 +111,8 @@ def main() -> None:
             print(*rows[-1].values(), flush=True)
     drawn = png(picture(read(given.of)[0]["rows"], rows))
     (given.images / "speed.png").write_bytes(drawn)
-    write("speed-floor", rows, settings={**settings, "of": given.of, "rates": given.rates})
+    settings |= {"of": given.of, "rates": given.rates}
+    write("speed-floor", rows, settings=settings, base=of_base(rates, options))
 
 
 if __name__ == "__main__":

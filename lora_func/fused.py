@@ -99,6 +99,13 @@ def add_outer(y: Tensor, h: Tensor, B: Tensor, scale: float, own: bool) -> None:
         add_product(y.view(-1, y.shape[-1]), h.view(-1, h.shape[-1]), B.t(), scale)
 
 
+def keep(ctx: Any, *tensors: Any) -> None:
+    """Keeps x, W, A, B and h for backward. A packed W is no tensor, so the node holds it."""
+    x, W, A, B, h = tensors
+    plain, ctx.packed = (W, None) if isinstance(W, Tensor) else (None, W)
+    ctx.save_for_backward(x, plain, A, B, h)
+
+
 class LowRankLinear(torch.autograd.Function):
     """`low_rank_linear` for autograd."""
 
@@ -106,8 +113,7 @@ class LowRankLinear(torch.autograd.Function):
     def forward(ctx: Any, x, W, b, A, B, scale):  # noqa: PLR0917  # pyright: ignore
         y, h = forward(x, W, b, A, B, scale)
         _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
-        plain, ctx.packed = (W, None) if isinstance(W, Tensor) else (None, W)
-        ctx.save_for_backward(x if needs_A else None, plain, A, B, h if needs_B else None)
+        keep(ctx, x if needs_A else None, W, A, B, h if needs_B else None)
         ctx.scale = scale
         ctx.repeats = needs_A and b is None
         return y
@@ -138,8 +144,7 @@ class Inner(torch.autograd.Function):
     def forward(ctx: Any, x, W, A, B, own):  # noqa: PLR0917  # pyright: ignore
         h = inner(x, A, own)
         _, _, needs_A, needs_B, _ = ctx.needs_input_grad
-        plain, ctx.packed = (W, None) if isinstance(W, Tensor) else (None, W)
-        ctx.save_for_backward(x if needs_A else None, plain, A, B, h if needs_B else None)
+        keep(ctx, x if needs_A else None, W, A, B, h if needs_B else None)
         return h
 
     @staticmethod
@@ -166,12 +171,12 @@ class Outer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad):  # pyright: ignore
-        inner = ctx.next_functions[0][0]  # the node of `Inner`
-        x, W, A, B, h = inner.saved_tensors
+        node = ctx.next_functions[0][0]  # of `Inner`
+        x, W, A, B, h = node.saved_tensors
         g, needs_B = rows(grad, A, B), ctx.needs_input_grad[4]
         gh = product(g, B, ctx.scale).view(*grad.shape[:-1], -1)
-        gx = through_base(grad, W, inner.packed) if inner.needs_input_grad[0] else None
-        inner.handed = gx, x, A, B
+        gx = through_base(grad, W, node.packed) if node.needs_input_grad[0] else None
+        node.handed = gx, x, A, B
         if needs_B and torch.is_grad_enabled():
             h = rows(x, A, B) @ A.mT
         gB = over(g, rows(h, A, B), B, ctx.scale) if needs_B else None
