@@ -333,8 +333,9 @@ def speed_floor(kind: str) -> str:
     s = result["settings"]
     plain, grad = (f"{result['base'][way] / 1024:.1f} GiB" for way in ("plain", "torch.func.grad"))
     about = (
-        f"Counted with the rates of {s['rates']}; {s['dtype']}, r=32. All over the base's. The base "
-        f"alone, 8 layers of 8B: {plain} at the peak of a plain step, {grad} by torch.func.grad."
+        f"Counted with the rates of {s['rates']}; {s['dtype']}, r=32. All over the base's. "
+        f"The base alone, 8 layers of 8B: {plain} at the peak of a plain step, {grad} by "
+        "torch.func.grad."
     )
     return f"{markdown(rows, headers)}\n\n{about}"
 
