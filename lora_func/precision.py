@@ -10,6 +10,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .libraries.autocast import anywhere
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -21,6 +23,8 @@ def at_least_float32(t: Tensor) -> Tensor:
 
 def autocast_on(device: torch.device) -> bool:
     """Whether autocast is on for `device`."""
+    if not anywhere():  # which is cheap to ask, and each layer asks
+        return False
     return torch.is_autocast_enabled("cpu" if device.type == "meta" else device.type)
 
 

@@ -45,6 +45,8 @@ def each(
         return function(*inputs, params)
     if broadcasts and isinstance(params, Prepared):
         n = params[own[0]].shape[0]
+        if all(x.dim() == 3 and x.shape[0] == n for x in inputs):
+            return function(*inputs, params)
         rows = (x.unflatten(0, (n, x.shape[0] // n)).flatten(1, -2) for x in inputs)
         out = function(*rows, params)
         return out.reshape(*inputs[-1].shape[:-1], out.shape[-1])

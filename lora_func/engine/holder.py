@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..libraries.functorch import in_transform
@@ -71,11 +72,6 @@ def is_parameter(leaf: Tensor) -> bool:
     return not in_transform() and leaf.is_leaf
 
 
-def version(t: Tensor) -> object:
-    """A value that differs after every change of `t` in place."""
-    return object() if t.is_inference() else t._version  # inference tensors are not counted
-
-
 Place = tuple[Mapping[str, Any], str]  # a table of a module, and a name in it
 
 
@@ -85,20 +81,35 @@ class Note(NamedTuple):
     table: Mapping[str, Any]
     name: str
     tensor: Tensor | None
-    state: tuple[Any, ...]
-
-    def holds(self) -> bool:
-        """Whether the tensor is still there and unchanged, but for a write through `.data`."""
-        t = self.table.get(self.name)
-        return t is self.tensor and state(t) == self.state
+    version: int | None = None  # the number of its changes in place; inference tensors have none
+    address: int = 0  # of its memory, on whatever device
+    dtype: torch.dtype | None = None
 
 
-def noted(places: list[Place]) -> tuple[Note, ...]:
+def noted(places: Iterable[Place]) -> list[Note]:
     """The tensors that are at these places."""
-    found = [(table, name, table.get(name)) for table, name in places]
-    return tuple(Note(table, name, t, state(t)) for table, name, t in found)
+    notes = []
+    for table, name in places:
+        t = table.get(name)
+        if t is None:
+            notes.append(Note(table, name, None))
+        else:
+            version = None if t.is_inference() else t._version
+            notes.append(Note(table, name, t, version, t.data_ptr(), t.dtype))
+    return notes
 
 
-def state(t: Tensor | None) -> tuple[Any, ...]:
-    """What differs after a change of `t`."""
-    return () if t is None else (version(t), t.data_ptr(), t.device, t.dtype)
+def unchanged(notes: Iterable[Note]) -> bool:
+    """Whether the tensors are still there, and the same but for writes through `.data`.
+
+    A decoded token asks it of each layer, so it calls nothing that it can do without.
+    """
+    for table, name, tensor, version, address, dtype in notes:
+        t = table.get(name)
+        if t is not tensor:
+            return False
+        if t is not None and (
+            version is None or t._version != version or t.data_ptr() != address or t.dtype != dtype
+        ):
+            return False
+    return True

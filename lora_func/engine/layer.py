@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LoraFuncError
-from ..libraries import accelerate
+from ..libraries import accelerate, torch_hooks
 from ..libraries.functorch import in_backward, in_transform
 from ..precision import autocast_on, no_inference_mode
 from ..variant import Prepared, Variant
 from ..weights.table import weight_of
 from .examples import Entries, each, prepare
-from .holder import Holder, Note, Place, noted
+from .holder import Holder, Note, Place, noted, unchanged
 from .sites import Site
 from .view import StandIn
 
@@ -73,18 +75,15 @@ class AdaptedLayer(StandIn, Holder):
         # By its table, since an attribute of a module that is a module is slow to read.
         layer: Any = self._modules["layer"]
         variant, weight = self._site.variant, self._weight
+        more = args or kwargs
         if not torch.compiler.is_compiling():
             self.__dict__["_ran"] = True
+            if (kept := self._kept) and kept.fused and not more and self.repeats(x, kept):
+                return kept.fused(x)
         p = self.entries(x.dtype)
         x = self.admit(x, p)
-        W = None if args or kwargs or not self.may_fuse(x, p) else weight.to_fuse(x)
-        if W is not None:
-            b = layer._parameters["bias"] if isinstance(W, Tensor) else None
-
-            def fused(x: Tensor, p: dict[str, Tensor]) -> Tensor:
-                return variant.fused(x, W, b, variant.prepared(weight, p, x.dtype))
-
-            return each(fused, (x,), p, variant.broadcasts)
+        if not more and (fused := self.fused(x, p)) is not None:
+            return fused(x)
         active = None if self._active is None else self.acting(x)
         z = x
         if overrides(variant, "transform_input"):
@@ -100,6 +99,36 @@ class AdaptedLayer(StandIn, Holder):
         apply = lambda x, y, p: variant.apply(x, y, weight, p)  # noqa: E731
         out = each(apply, (x, base_out), p, variant.broadcasts)
         return out if active is None else torch.where(active, out, base_out)
+
+    def fused(self, x: Tensor, p: Entries) -> Callable[[Tensor], Tensor] | None:
+        """The layer and its adapter as one function, for x and its like; None if they run apart."""
+        W = self._weight.to_fuse(x) if self.may_fuse(x, p) else None
+        if W is None:
+            return None
+        variant, held = self._site.variant, self._modules["layer"]._parameters
+        if isinstance(W, Tensor):
+            one = lambda x, p: variant.fused(x, held["weight"], held["bias"], p)  # noqa: E731
+        else:
+            one = lambda x, p: variant.fused(x, W, None, p)  # noqa: E731
+        if p.own:
+            fused = lambda x: each(one, (self.admit(x, p),), p, variant.broadcasts)  # noqa: E731
+        else:
+            fused = partial(one, p=variant.prepared(self._weight, p.params, x.dtype))
+        kept = self._kept
+        if kept and kept.entries is p and isinstance(W, Tensor) and not torch.is_grad_enabled():
+            kept.fused = fused
+        return fused
+
+    def repeats(self, x: Tensor, kept: Kept) -> bool:
+        """Whether x is such an input as one that took the kept function, in such a forward."""
+        return (
+            type(x) is Tensor
+            and x.dtype == kept.entries.dtype
+            and not torch.is_grad_enabled()
+            and threading.get_ident() in self._running
+            and not in_transform()
+            and not autocast_on(x.device)
+        )
 
     def may_fuse(self, x: Tensor, p: Entries) -> bool:
         """Whether the variant's fused form can take the place of a layer that allows it."""
@@ -129,7 +158,8 @@ class AdaptedLayer(StandIn, Holder):
                 "otherwise leave this layer out of the targets, or call under torch.no_grad()"
             )
         first = next(iter(p.params.values()), x)
-        x = accelerate.moved_input(self._modules["layer"], x, first.device)
+        if x.device != first.device:
+            x = accelerate.moved_input(self._modules["layer"], x, first.device)
         if p.own:
             n = p.params[p.own[0]].shape[0] * self._each
             if x.dim() < 2 or not (x.shape[0] == n or self.generates(x.shape[0], n)):
@@ -163,8 +193,10 @@ class AdaptedLayer(StandIn, Holder):
         not count as a change.
         """
         kept = self._kept
-        if kept is not None and kept.entries.serves(dtype) and self.holds(kept):
-            return kept.entries
+        if kept is not None:
+            found = kept.entries
+            if (found.dtype is dtype or found.serves(dtype)) and self.holds(kept):
+                return found
         site, plain = self._site, self.plain()
         if not overrides(site.variant, "prepare"):
             return plain
@@ -188,24 +220,26 @@ class AdaptedLayer(StandIn, Holder):
 
     def keeps(self) -> bool:
         """Whether prepared parameters of a bound view may be kept."""
-        if in_transform() or torch.compiler.is_compiling():
-            return False
+        return not (in_transform() or torch.compiler.is_compiling() or self.trains())
+
+    def trains(self) -> bool:
+        """Whether gradients may be asked for, or an optimizer be at work on the leaves."""
         if not (self.training or torch.is_grad_enabled()):
-            return True
-        return not any(table[name].requires_grad for table, name in self.places())
+            return False
+        return any(table[name].requires_grad for table, name in self.places())
 
     def stale(self) -> bool:
         """Whether a bound view has to prepare the parameters at the start of a forward.
 
         Not if that moves the weight, which its own forward does, and not if it may keep them, and
-        only the input says in which dtype.
+        only the input says in which dtype. For eager mode, outside of transforms.
         """
-        if not self.prepares_ahead():
+        kept, trains = self._kept, self.trains()
+        if kept is not None and not trains and unchanged(kept.sources or ()):
+            if kept.fused and not torch_hooks.is_plain_linear(self._modules["layer"]):
+                kept.fused = None
             return False
-        if not self.keeps():
-            return True
-        known = self._weight.input_dtype is not None
-        return known and (self._kept is None or not self._kept.still())
+        return self.prepares_ahead() and (trains or self._weight.input_dtype is not None)
 
     def prepares_ahead(self) -> bool:
         """Whether there is anything to prepare before an input comes."""
@@ -265,16 +299,18 @@ def check_bare(layer: nn.Module, path: str) -> None:
         )
 
 
-class Kept(NamedTuple):
+@dataclass(slots=True)
+class Kept:
     """Prepared parameters."""
 
     entries: Entries
-    sources: tuple[Note, ...] | None  # what they come from; None: they hold for the whole call
+    sources: Sequence[Note] | None  # what they come from; None: they hold for the whole call
     thread: int | None  # whose forward they were prepared for, before any input; None: for an input
+    fused: Callable[[Tensor], Tensor] | None = None  # the layer with them, without gradients
 
     def still(self) -> bool:
         """Whether what they come from has not changed."""
-        return all(source.holds() for source in self.sources or ())
+        return unchanged(self.sources or ())
 
 
 def overrides(variant: Variant, method: str) -> bool:

@@ -19,7 +19,7 @@ from ..weights.parameter import ParameterWeight
 from ..weights.terms import uncounted
 from . import stack
 from .examples import Entries
-from .holder import Holder, Note, noted
+from .holder import Holder, Note, noted, unchanged
 from .sites import Site
 from .view import twin
 
@@ -208,14 +208,14 @@ class AdaptedTensor(Holder):
         """Whether checkpointing runs a part again that needs what the forward had."""
         return in_backward() and (kept.trains or not self.trains())
 
-    def sources(self) -> tuple[Note, ...]:
+    def sources(self) -> list[Note]:
         """The tensors that the parameter is made from."""
         return noted([(self._parameters, "base"), *self.places()])
 
     def serves(self, kept: Shown) -> bool:
         """Whether what was made before is what would be made now."""
         free = not (kept.trains or self.trains() or self.training)
-        return free and all(source.holds() for source in kept.sources)
+        return free and unchanged(kept.sources)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_running": set()}
@@ -226,7 +226,7 @@ class Shown(NamedTuple):
 
     tensor: Tensor
     trains: bool
-    sources: tuple[Note, ...]
+    sources: Sequence[Note]
 
 
 def experts_apart(tensors: Sequence[AdaptedTensor]) -> dict[str, int]:

@@ -160,7 +160,7 @@ class OneLevel(_SingleLevelFunction):
 
 def in_transform() -> bool:
     """Whether a torch.func transform runs in this thread, or forward-mode autograd in any."""
-    return in_functorch() or forward_ad._current_level >= 0
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def in_functorch() -> bool:

@@ -200,8 +200,8 @@ def is_plain_linear(module: nn.Module) -> bool:
     Not so with hooks, with a weight or bias that is another attribute than a parameter, and where a
     library has put its own `forward` on the module or on nn.Linear itself.
     """
-    parameters = module._parameters.keys()
-    return type(module) is nn.Linear and parameters >= {"weight", "bias"} and runs_bare(module)
+    own = module._parameters
+    return type(module) is nn.Linear and "weight" in own and "bias" in own and runs_bare(module)
 
 
 def runs_bare(module: nn.Module) -> bool:
