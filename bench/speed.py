@@ -5,7 +5,8 @@ model has to do, and to the adapter for the others. All contenders of a row run 
 process, on weights of their own or shared ones, with PEFT's same method beside ours. A round is
 several steps, launched as a training loop launches them: without a wait for the GPU between them.
 "ours" is a call of the adapter, and "bound" the same adapter bound to its model (`lf.bind`), which
-builds no view in each step. "apart" is ours without the fused form of the variant.
+builds no view in each step. "apart" is ours without the fused form of the variant. "base by
+torch.func.grad" is the step of the base, taken by that.
 
     eager           as a training loop runs it
     checkpointing   with each block computed again in backward
@@ -125,6 +126,8 @@ class Contenders:
         targets = lf.Targets(names=tuple(rf"\.{name}$" for name in names), roles=())
         self.adapter, params = lf.adapt(self.model, self.variant, targets=targets)
         self.apart, _ = lf.adapt(self.model, apart(self.variant), targets=targets)
+        least = lf.Targets(names=(r"\.0\..*q_proj$",), roles=())
+        self.least, self.least_params = lf.adapt(self.model, lf.LoRA(r=1), targets=least)
         if row.way == "population":
             params = lf.stack([self.adapter.init(self.model) for _ in range(row.batch)])
         self.leaves = {key: leaf.requires_grad_() for key, leaf in params.items()}
@@ -172,6 +175,8 @@ class Contenders:
         if self.row.way in ("compiled", "nf4"):
             grad = compiled(torch.func.grad(self.loss_of))
             steps["torch.func.grad"] = lambda: grad(dict(self.leaves))
+            of_base = compiled(torch.func.grad(self.loss_of_base))
+            steps["base by torch.func.grad"] = lambda: of_base(self.embeds.detach())
         if self.row.way == "graph":
             steps = {who: replayed(step) for who, step in steps.items()}
         return steps
@@ -179,6 +184,12 @@ class Contenders:
     def loss_of(self, params: dict[str, Tensor], adapter: lf.Adapter | None = None) -> Tensor:
         batch = {**self.batch, "inputs_embeds": self.embeds.detach()}
         return loss((adapter or self.adapter)(self.model, params, batch))
+
+    def loss_of_base(self, embeds: Tensor) -> Tensor:
+        """By an adapter of one layer: torch.func cannot pass a 4-bit layer by itself."""
+        return loss(
+            self.least(self.model, self.least_params, {**self.batch, "inputs_embeds": embeds})
+        )
 
 
 def apart(variant: lf.Variant) -> lf.Variant:

@@ -105,7 +105,8 @@ class AdaptedLayer(StandIn, Holder):
         W = self._weight.to_fuse(x) if self.may_fuse(x, p) else None
         if W is None:
             return None
-        variant, held = self._site.variant, self._modules["layer"]._parameters
+        layer: Any = self._modules["layer"]
+        variant, held = self._site.variant, layer._parameters
         if isinstance(W, Tensor):
             one = lambda x, p: variant.fused(x, held["weight"], held["bias"], p)  # noqa: E731
         else:
@@ -234,9 +235,10 @@ class AdaptedLayer(StandIn, Holder):
         Not if that moves the weight, which its own forward does, and not if it may keep them, and
         only the input says in which dtype. For eager mode, outside of transforms.
         """
+        layer: Any = self._modules["layer"]
         kept, trains = self._kept, self.trains()
         if kept is not None and not trains and unchanged(kept.sources or ()):
-            if kept.fused and not torch_hooks.is_plain_linear(self._modules["layer"]):
+            if kept.fused and not torch_hooks.is_plain_linear(layer):
                 kept.fused = None
             return False
         return self.prepares_ahead() and (trains or self._weight.input_dtype is not None)
