@@ -16,7 +16,7 @@ from torch import Tensor
 from .kernels import takes
 from .libraries.cuda_streams import on_side_stream
 from .libraries.functorch import applied, own_tensor, packs_saved
-from .linalg import cast, low_rank_update
+from .linalg import low_rank_update
 
 FEW = 16
 """Rows of an input that are few: each of them reads all of A again."""
@@ -47,20 +47,40 @@ def low_rank_linear(  # noqa: PLR0917  (the names of the formula)
     For eager autograd of any order, not for torch.func. `linalg.low_rank_update` is its oracle, and
     is what runs if B alone requires grad: second derivatives then need not x.
     """
-    A, B = cast(A, x.dtype), cast(B, x.dtype)
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, A, B))):
+    A = A if A.dtype == x.dtype else A.to(x.dtype)
+    B = B if B.dtype == x.dtype else B.to(x.dtype)
+    needs_A, needs_B = A.requires_grad, B.requires_grad
+    if not (torch.is_grad_enabled() and (needs_A or needs_B or x.requires_grad)):
         return inference(x, W, b, A, B, scale)
-    if B.requires_grad and not A.requires_grad:
+    if needs_B and not needs_A:
         return low_rank_update(base_output(x, W, b), x, A, B, scale)
+    own = A.dim() == 3 or B.dim() == 3
     if packs_saved():
-        own = A.dim() == 3 or B.dim() == 3
         return applied(Outer, applied(Inner, x, W, A, B, own), x, W, b, B, scale, own)
-    return applied(LowRankLinear, x, W, b, A, B, scale)
+    return applied(LowRankLinear, x, W, b, A, B, scale, own)
+
+
+# Each adapted layer of each step passes here. On a fast GPU a step may wait for Python, so what
+# follows has few small functions. `own`: examples have factors of their own, and x is a stack.
 
 
 def base_output(x: Tensor, W: Tensor | Packed, b: Tensor | None) -> Tensor:
-    """`x Wᵀ + b`."""
-    return F.linear(x, W, b) if isinstance(W, Tensor) else W.layer_output(x)
+    """`x Wᵀ + b`, contiguous."""
+    y = F.linear(x, W, b) if isinstance(W, Tensor) else W.layer_output(x)
+    return y.contiguous()  # it is, unless x has a layout of its own
+
+
+def inner(x: Tensor, A: Tensor, own: bool) -> Tensor:
+    """`h = x Aᵀ`, a matrix `[rows, r]` or a stack of them."""
+    return x @ A.mT if own else F.linear(x.reshape(-1, x.shape[-1]), A)
+
+
+def add_outer(y: Tensor, h: Tensor, B: Tensor, scale: float, own: bool) -> None:
+    """`y += scale h Bᵀ`, in place."""
+    if own:
+        add_product(y, h, B.mT, scale)
+    else:
+        y.view(-1, y.shape[-1]).addmm_(h, B.t(), alpha=scale)
 
 
 def inference(  # noqa: PLR0917  (as above)
@@ -70,7 +90,7 @@ def inference(  # noqa: PLR0917  (as above)
 
     It saves time in a recording. To start it from Python takes longer than to start two products.
     """
-    y = (F.linear(x, W, b) if isinstance(W, Tensor) else W.layer_output(x)).contiguous()
+    y = base_output(x, W, b)
     if x.is_cuda and x.numel() <= FEW * x.shape[-1] and on_side_stream(x) and takes(x, A, B):
         from .kernels import programs  # noqa: PLC0415  (which imports Triton)
 
@@ -79,30 +99,6 @@ def inference(  # noqa: PLR0917  (as above)
         own = A.dim() == 3 or B.dim() == 3
         add_outer(y, inner(x, A, own), B, scale, own)
     return y
-
-
-def forward(  # noqa: PLR0917  (as above)
-    x: Tensor, W: Tensor | Packed, b: Tensor | None, A: Tensor, B: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The output, and `h = x Aᵀ`."""
-    own = A.dim() == 3 or B.dim() == 3
-    y = own_tensor(base_output(x, W, b).contiguous())  # it is, unless x has a layout of its own
-    h = inner(x, A, own)
-    add_outer(y, h, B, scale, own)
-    return y, h
-
-
-def inner(x: Tensor, A: Tensor, own: bool) -> Tensor:
-    """`x Aᵀ`. `own`: examples have factors of their own."""
-    return x @ A.mT if own else F.linear(x, A)
-
-
-def add_outer(y: Tensor, h: Tensor, B: Tensor, scale: float, own: bool) -> None:
-    """`y += scale h Bᵀ`, in place."""
-    if own:
-        add_product(y, h, B.mT, scale)
-    else:
-        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), B.t(), alpha=scale)
 
 
 def keep(ctx: Any, *tensors: Any) -> None:
@@ -116,27 +112,31 @@ class LowRankLinear(torch.autograd.Function):
     """`low_rank_linear` for autograd."""
 
     @staticmethod
-    def forward(ctx: Any, x, W, b, A, B, scale):  # noqa: PLR0917  # pyright: ignore
-        y, h = forward(x, W, b, A, B, scale)
-        _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
+    def forward(ctx: Any, x, W, b, A, B, scale, own):  # noqa: PLR0917  # pyright: ignore
+        y = own_tensor(base_output(x, W, b))
+        h = inner(x, A, own)
+        add_outer(y, h, B, scale, own)
+        _, _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
         keep(ctx, x if needs_A else None, W, A, B, h if needs_B else None)
-        ctx.scale = scale
+        ctx.scale, ctx.own = scale, own
         ctx.repeats = needs_A and b is None
         return y
 
     @staticmethod
     def backward(ctx: Any, grad):  # pyright: ignore
         x, W, A, B, h = ctx.saved_tensors
-        needs_x, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
-        again = torch.is_grad_enabled()  # with create_graph: all that follows is differentiated
-        g = rows(grad, A, B)
-        if again and needs_B:
-            h = rows(x, A, B) @ A.mT  # x is there: A requires grad, too
-        gh = product(g, B, ctx.scale)  # [.., r]
-        gx = plus_low_rank(through_base(grad, W, ctx.packed), gh, A, B) if needs_x else None
-        gA = over(gh, rows(x, A, B), A) if needs_A else None
-        gB = over(g, rows(h, A, B), B, ctx.scale) if needs_B else None
-        return gx, None, None, gA, gB, None
+        needs_x, _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
+        own, scale = ctx.own, ctx.scale
+        g = grad if own else grad.reshape(-1, grad.shape[-1])
+        if needs_A:
+            x = x if own else x.reshape(-1, x.shape[-1])
+            if needs_B and torch.is_grad_enabled():  # all that follows is differentiated
+                h = x @ A.mT
+        gh = product(g, B, scale)  # [.., r]
+        gx = plus_low_rank(through_base(grad, W, ctx.packed), gh, A, own) if needs_x else None
+        gA = over(gh, x, A) if needs_A else None
+        gB = over(g, h, B, scale) if needs_B else None
+        return gx, None, None, gA, gB, None, None
 
 
 class Inner(torch.autograd.Function):
@@ -151,14 +151,14 @@ class Inner(torch.autograd.Function):
         h = inner(x, A, own)
         _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         keep(ctx, x if needs_A else None, W, A, B, h if needs_B else None)
+        ctx.own = own
         return h
 
     @staticmethod
-    def backward(ctx: Any, grad):  # pyright: ignore
-        (gx, x, A, B), ctx.handed = ctx.handed, None
-        gh = rows(grad, A, B)
-        gx = None if gx is None else plus_low_rank(gx, gh, A, B)
-        gA = over(gh, rows(x, A, B), A) if ctx.needs_input_grad[2] else None
+    def backward(ctx: Any, gh):  # pyright: ignore
+        (gx, x, A), ctx.handed = ctx.handed, None
+        gx = None if gx is None else plus_low_rank(gx, gh, A, ctx.own)
+        gA = over(gh, x, A) if ctx.needs_input_grad[2] else None
         return gx, None, gA, None, None
 
 
@@ -170,7 +170,7 @@ class Outer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h, x, W, b, B, scale, own):  # noqa: PLR0917  # pyright: ignore
-        y = own_tensor(base_output(x, W, b).contiguous())
+        y = own_tensor(base_output(x, W, b))
         add_outer(y, h, B, scale, own)
         ctx.scale = scale
         return y
@@ -179,13 +179,16 @@ class Outer(torch.autograd.Function):
     def backward(ctx: Any, grad):  # pyright: ignore
         node = ctx.next_functions[0][0]  # of `Inner`
         x, W, A, B, h = node.saved_tensors
-        g, needs_B = rows(grad, A, B), ctx.needs_input_grad[4]
-        gh = product(g, B, ctx.scale).view(*grad.shape[:-1], -1)
+        own, needs_B = node.own, ctx.needs_input_grad[4]
+        g = grad if own else grad.reshape(-1, grad.shape[-1])
+        if x is not None:
+            x = x if own else x.reshape(-1, x.shape[-1])
+            if needs_B and torch.is_grad_enabled():
+                h = x @ A.mT
+        gh = product(g, B, ctx.scale)
         gx = through_base(grad, W, node.packed) if node.needs_input_grad[0] else None
-        node.handed = gx, x, A, B
-        if needs_B and torch.is_grad_enabled():
-            h = rows(x, A, B) @ A.mT
-        gB = over(g, rows(h, A, B), B, ctx.scale) if needs_B else None
+        node.handed = gx, x, A
+        gB = over(g, h, B, ctx.scale) if needs_B else None
         return gh, None, None, None, gB, None, None
 
 
@@ -197,11 +200,14 @@ def through_base(grad: Tensor, W: Tensor | None, packed: Packed | None) -> Tenso
     return grad.matmul(W).contiguous()  # pyright: ignore  (one of the two is there)
 
 
-def plus_low_rank(gx: Tensor, gh: Tensor, A: Tensor, B: Tensor) -> Tensor:
+def plus_low_rank(gx: Tensor, gh: Tensor, A: Tensor, own: bool) -> Tensor:
     """`gx + gh A`, in its place unless it is to be differentiated."""
     if torch.is_grad_enabled():
         return gx + (gh @ A).view_as(gx)
-    add_product(rows(gx, A, B), gh, A, 1.0)
+    if own:
+        add_product(gx, gh, A, 1.0)
+    else:
+        gx.view(-1, gx.shape[-1]).addmm_(gh, A)
     return gx
 
 
@@ -214,11 +220,6 @@ def repeated(node: Any) -> Tensor:
     """The output of `low_rank_linear` once more, from its node in the graph of autograd."""
     x, W, A, B, _ = node.saved_tensors
     return low_rank_linear(x, node.packed if W is None else W, None, A, B, node.scale)
-
-
-def rows(t: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """`t [.., d]` as a matrix, or as it is if examples have factors of their own."""
-    return t if A.dim() == 3 or B.dim() == 3 else t.reshape(-1, t.shape[-1])
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, scale: float, keep: int = 1) -> Tensor:
@@ -241,4 +242,4 @@ def over(left: Tensor, right: Tensor, like: Tensor, scale: float = 1.0) -> Tenso
     """`scale leftᵀ right`, summed over the rows that share the factor `like`."""
     if like.dim() == 2 and left.dim() == 3:
         left, right = (t.reshape(-1, t.shape[-1]) for t in (left, right))
-    return product(left.transpose(-1, -2), right, scale)
+    return product(left.mT, right, scale)

@@ -22,6 +22,7 @@ class Holder(nn.Module):
     """
 
     _site: Site  # underscored: other attributes are those of a layer
+    _names: list[str]  # of the trainable leaves, in their order
     _weight: Any
 
     def hold(self, site: Site, params: Mapping[str, Tensor], keep: bool) -> None:
@@ -32,6 +33,7 @@ class Holder(nn.Module):
             table = self._parameters if keep and is_parameter(leaf) else self._buffers
             table[f"lora_{name}"] = leaf  # pyright: ignore  (a leaf tensor may be one)
         self.__dict__["_site"] = site
+        self.__dict__["_names"] = [f"lora_{name}" for name in site.leaves]
 
     @property
     def place(self) -> str:
@@ -45,13 +47,12 @@ class Holder(nn.Module):
 
     def leaves(self) -> dict[str, Tensor]:
         """The trainable leaves, by short name."""
-        held: dict[str, Any] = {**self._parameters, **self._buffers}
-        return {name: held[f"lora_{name}"] for name in self._site.leaves}
+        return {name: table[key] for name, (table, key) in zip(self._site.leaves, self.places())}
 
     def places(self) -> list[Place]:
         """Where the trainable leaves are."""
-        names = [f"lora_{name}" for name in self._site.leaves]
-        return [(self._parameters if n in self._parameters else self._buffers, n) for n in names]
+        own, others = self._parameters, self._buffers
+        return [(own if name in own else others, name) for name in self._names]
 
     def plain(self) -> Entries:
         """The parameters as they are now."""

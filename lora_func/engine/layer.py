@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LoraFuncError
-from ..libraries import accelerate, torch_hooks
+from ..libraries import accelerate
 from ..libraries.functorch import in_backward, in_transform
 from ..precision import autocast_on, no_inference_mode
 from ..variant import Prepared, Variant
@@ -60,12 +58,15 @@ class AdaptedLayer(StandIn, Holder):
         self.__dict__["_may_fuse"] = whole and active is None
         self.__dict__["_each"] = each
         self.__dict__["_expects_grad"] = call and trains
-        self.__dict__["_kept"] = None
+        self.__dict__["_kept"] = self.__dict__["_whole"] = None
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and not torch.compiler.is_compiling():
             self.__dict__["_read"] = True
         return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_whole": None}  # a function of this very layer
 
     def train(self, mode: bool = True) -> AdaptedLayer:
         self.__dict__["_kept"] = None
@@ -78,12 +79,12 @@ class AdaptedLayer(StandIn, Holder):
         more = args or kwargs
         if not torch.compiler.is_compiling():
             self.__dict__["_ran"] = True
-            if (kept := self._kept) and kept.fused and not more and self.repeats(x, kept):
-                return kept.fused(x)
+            if (whole := self._whole) and not more and self.repeats(x, whole):
+                return whole.run(x, self._kept.entries)
         p = self.entries(x.dtype)
         x = self.admit(x, p)
-        if not more and (fused := self.fused(x, p)) is not None:
-            return fused(x)
+        if not more and (whole := self.whole(x, p)):
+            return whole.run(x, p)
         active = None if self._active is None else self.acting(x)
         z = x
         if overrides(variant, "transform_input"):
@@ -100,33 +101,40 @@ class AdaptedLayer(StandIn, Holder):
         out = each(apply, (x, base_out), p, variant.broadcasts)
         return out if active is None else torch.where(active, out, base_out)
 
-    def fused(self, x: Tensor, p: Entries) -> Callable[[Tensor], Tensor] | None:
-        """The layer and its adapter as one function, for x and its like; None if they run apart."""
+    def whole(self, x: Tensor, p: Entries) -> Whole | None:
+        """The layer and its adapter as one function, for x and its like; None if they run apart.
+
+        A bound view remembers it: most of its inputs are alike.
+        """
         W = self._weight.to_fuse(x) if self.may_fuse(x, p) else None
         if W is None:
             return None
         layer: Any = self._modules["layer"]
-        variant, held = self._site.variant, layer._parameters
-        if isinstance(W, Tensor):
-            one = lambda x, p: variant.fused(x, held["weight"], held["bias"], p)  # noqa: E731
-        else:
-            one = lambda x, p: variant.fused(x, W, None, p)  # noqa: E731
-        if p.own:
-            fused = lambda x: each(one, (self.admit(x, p),), p, variant.broadcasts)  # noqa: E731
-        else:
-            fused = partial(one, p=variant.prepared(self._weight, p.params, x.dtype))
-        kept = self._kept
-        if kept and kept.entries is p and isinstance(W, Tensor) and not torch.is_grad_enabled():
-            kept.fused = fused
-        return fused
+        variant, weight, held = self._site.variant, self._weight, layer._parameters
 
-    def repeats(self, x: Tensor, kept: Kept) -> bool:
-        """Whether x is such an input as one that took the kept function, in such a forward."""
+        def run(x: Tensor, p: Entries) -> Tensor:
+            W, b = (held["weight"], held["bias"]) if plain else (weight, None)
+            if p.own:
+                fused = lambda x, params: variant.fused(x, W, b, params)  # noqa: E731
+                return each(fused, (self.admit(x, p),), p, variant.broadcasts)
+            return variant.fused(x, W, b, variant.prepared(weight, p.params, x.dtype))
+
+        plain = isinstance(W, Tensor)
+        whole = Whole(run, x.dtype, torch.is_grad_enabled())
+        if self._bound and not self._site.dropout:
+            self.__dict__["_whole"] = whole
+        return whole
+
+    def repeats(self, x: Tensor, whole: Whole) -> bool:
+        """Whether x is like the input that `whole` was found for, in a forward of this thread."""
+        kept, thread, grad = self._kept, threading.get_ident(), torch.is_grad_enabled()
         return (
-            type(x) is Tensor
-            and x.dtype == kept.entries.dtype
-            and not torch.is_grad_enabled()
-            and threading.get_ident() in self._running
+            kept is not None
+            and type(x) is Tensor
+            and x.dtype == whole.dtype == kept.entries.dtype
+            and grad == whole.grad
+            and thread in self._running
+            and (thread == kept.thread or not grad)
             and not in_transform()
             and not autocast_on(x.device)
         )
@@ -235,17 +243,18 @@ class AdaptedLayer(StandIn, Holder):
         Not if that moves the weight, which its own forward does, and not if it may keep them, and
         only the input says in which dtype. For eager mode, outside of transforms.
         """
-        layer: Any = self._modules["layer"]
+        if self._whole and not self._weight.is_bare():
+            self.__dict__["_whole"] = None
         kept, trains = self._kept, self.trains()
         if kept is not None and not trains and unchanged(kept.sources or ()):
-            if kept.fused and not torch_hooks.is_plain_linear(layer):
-                kept.fused = None
             return False
         return self.prepares_ahead() and (trains or self._weight.input_dtype is not None)
 
     def prepares_ahead(self) -> bool:
         """Whether there is anything to prepare before an input comes."""
-        return overrides(self._site.variant, "prepare") and self._weight.at_hand
+        if not overrides(self._site.variant, "prepare"):
+            return False
+        return self._whole is not None or self._weight.at_hand  # a bare layer has its matrix
 
     def dtype_ahead(self, likely: torch.dtype) -> torch.dtype | None:
         """For which dtype of inputs to prepare before there is any; None if nothing is to be.
@@ -270,9 +279,10 @@ class AdaptedLayer(StandIn, Holder):
 
     def sources(self) -> list[Place]:
         """Where the tensors are that the parameters may be prepared from."""
-        own = self._weight.layer._parameters
-        reads = own if self._site.variant.card.reads == "rows" else ["bias"]
-        return [*self.places(), *((own, name) for name in reads)]
+        own: Any = self._weight.layer._parameters
+        if self._site.variant.card.reads != "rows":
+            return [*self.places(), (own, "bias")]
+        return [*self.places(), *((own, name) for name in own)]
 
 
 def misplaced(path: str, shape: tuple[int, ...], n: int, each: int) -> str:
@@ -301,14 +311,20 @@ def check_bare(layer: nn.Module, path: str) -> None:
         )
 
 
-@dataclass(slots=True)
-class Kept:
+class Whole(NamedTuple):
+    """A layer and its adapter as one function."""
+
+    run: Callable[[Tensor, Entries], Tensor]
+    dtype: torch.dtype  # of the inputs for which it was found
+    grad: bool  # whether gradients were on
+
+
+class Kept(NamedTuple):
     """Prepared parameters."""
 
     entries: Entries
     sources: Sequence[Note] | None  # what they come from; None: they hold for the whole call
     thread: int | None  # whose forward they were prepared for, before any input; None: for an input
-    fused: Callable[[Tensor], Tensor] | None = None  # the layer with them, without gradients
 
     def still(self) -> bool:
         """Whether what they come from has not changed."""

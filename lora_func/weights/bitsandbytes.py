@@ -83,11 +83,15 @@ class Packed4bitWeight(LayerWeight):
         return functional.dequantize_4bit(packed, state)
 
     def to_fuse(self, x: Tensor) -> Packed4bitWeight | None:
-        # Without gradients the layer has kernels of its own for a few rows.
-        layer, trains = self.layer, torch.is_grad_enabled() and not self.inference_only
-        bare = type(layer).__name__ == "Linear4bit" and torch_hooks.runs_bare(layer)
+        if not (torch.is_grad_enabled() and self.is_bare()):
+            return None  # without gradients the layer has kernels of its own for a few rows
+        layer = self.layer
         alike = layer.compute_dtype in (None, x.dtype) and layer.weight.device == x.device
-        return self if trains and bare and alike else None
+        return self if alike else None
+
+    def is_bare(self) -> bool:
+        bare = type(self.layer).__name__ == "Linear4bit" and torch_hooks.runs_bare(self.layer)
+        return bare and not self.inference_only
 
     def layer_output(self, x: Tensor) -> Tensor:
         """What the layer itself computes."""

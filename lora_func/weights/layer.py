@@ -93,11 +93,17 @@ class LayerWeight(Weight):
 
         As the layer's own tensor, or else as what has `layer_output`; see `fused.low_rank_linear`.
         """
-        if not torch_hooks.is_plain_linear(self.layer):
+        if not self.is_bare():
             return None
         W = self.layer._parameters["weight"]
-        plain = type(W) in (Tensor, nn.Parameter) and not W.requires_grad
-        return W if plain and W.dtype == x.dtype and W.device == x.device else None
+        return W if W.dtype == x.dtype and W.device == x.device else None
+
+    def is_bare(self) -> bool:
+        """Whether all that the layer does to an input like its matrix is the product with it."""
+        if not torch_hooks.is_plain_linear(self.layer):
+            return False
+        W = self.layer._parameters["weight"]
+        return type(W) in (Tensor, nn.Parameter) and not W.requires_grad
 
 
 class TransposedWeight(LayerWeight):
