@@ -509,7 +509,9 @@ def test_loraga_is_that_of_peft(direction, scale, rslora, monkeypatch):
     A, B = factors(theirs)
     for ours, expected in ((params["target.lora_A"], A), (params["target.lora_B"].mT, B.mT)):
         signs = (ours * expected).sum(1, keepdim=True).sign()
-        assert (ours - signs * expected).abs().max() <= 1e-4 * expected.abs().max()
+        # The gradient's singular values are 0.28 to 3e-4, and the last ones 8e-5 apart. So float32
+        # (6e-8 of the first) turns those vectors by 2e-4, as each CPU rounds.
+        assert (ours - signs * expected).abs().max() <= 1e-3 * expected.abs().max()
     same_function(model, variant, theirs)
 
 
