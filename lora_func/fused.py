@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import takes
-from .libraries.cuda_streams import on_side_stream
 from .libraries.functorch import applied, own_tensor, packs_saved
 from .linalg import low_rank_update
 
@@ -86,12 +85,9 @@ def add_outer(y: Tensor, h: Tensor, B: Tensor, scale: float, own: bool) -> None:
 def inference(  # noqa: PLR0917  (as above)
     x: Tensor, W: Tensor | Packed, b: Tensor | None, A: Tensor, B: Tensor, scale: float
 ) -> Tensor:
-    """The output alone. One kernel updates a few rows, such as those of a decoded token.
-
-    It saves time in a recording. To start it from Python takes longer than to start two products.
-    """
+    """The output alone. One kernel updates a few rows, such as those of a decoded token."""
     y = base_output(x, W, b)
-    if x.is_cuda and x.numel() <= FEW * x.shape[-1] and on_side_stream(x) and takes(x, A, B):
+    if x.is_cuda and x.numel() <= FEW * x.shape[-1] and takes(x, A, B):
         from .kernels import programs  # noqa: PLC0415  (which imports Triton)
 
         programs.add_low_rank(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), A, B, scale)

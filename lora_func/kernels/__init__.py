@@ -39,6 +39,7 @@ def works() -> bool:
     try:
         one = torch.ones(2, 1, 16, device="cuda")
         programs.gate_backward(one, programs.gate(one, one), one)
+        programs.add_low_rank(*4 * (torch.ones(1, 16, device="cuda"),), scale=1.0)
     except Exception:  # whatever its compilers raise. PyTorch computes the same
         return False
     return True

@@ -12,10 +12,15 @@ low-rank update take longer to start than to run, so one kernel does both.
 # pyright: reportIndexIssue=false
 from __future__ import annotations
 
+import contextlib
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 
 def gate(y: Tensor, d: Tensor, out: Tensor | None = None, zero: float = 0.0) -> Tensor:
@@ -28,7 +33,7 @@ def gate(y: Tensor, d: Tensor, out: Tensor | None = None, zero: float = 0.0) -> 
     groups = d.numel() // n
     rows = y.numel() // n // groups  # of each group
     parts = triton.cdiv(rows, 16)
-    with torch.cuda.device_of(y):  # Triton takes the current device, whatever that of a tensor
+    with on_device_of(y):
         gate_kernel[groups * parts, triton.cdiv(n, 256)](
             y, d, out, zero, rows, n, parts, BLOCK_R=16, BLOCK_N=256
         )
@@ -42,7 +47,7 @@ def gate_backward(grad: Tensor, y: Tensor, d: Tensor, zero: float = 0.0) -> tupl
     rows = y.numel() // n // groups
     parts = triton.cdiv(rows, 32)
     sums = torch.empty(groups, parts, n, dtype=torch.float32, device=y.device)
-    with torch.cuda.device_of(y):
+    with on_device_of(y):
         gate_backward_kernel[groups * parts, triton.cdiv(n, 512)](
             grad, y, d, dy, sums, zero, rows, n, parts, STEPS=4, BLOCK_R=8, BLOCK_N=512
         )
@@ -56,28 +61,47 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> No
     other.
     """
     (m, o), i, r = y.shape, x.shape[1], A.shape[-2]
-    R = max(triton.next_power_of_2(r), 16)
     each_A = m // A.shape[0] if A.dim() == 3 else m
     each_B = m // B.shape[0] if B.dim() == 3 else m
-    width = min(triton.next_power_of_2(i), max(16384 // R, 16))
-    grid = triton.cdiv(o, 128), m
-    with torch.cuda.device_of(y):
-        add_low_rank_kernel[grid](
-            y,
-            x,
-            A,
-            B,
-            scale,
-            o,
-            r,
-            each_A,
-            each_B,
-            i=i,
-            R=R,
-            BLOCK_I=width,
-            BLOCK_O=128,
-            num_warps=8,
-        )
+    sizes, (R, width) = (o, r, each_A, each_B, i), blocks(i, r)
+    values = y, x, A, B, float(scale), *sizes, R, width, BLOCK_O
+    grid = (o + BLOCK_O - 1) // BLOCK_O, m, 1
+    with on_device_of(y):
+        aligned = not (y.data_ptr() | x.data_ptr() | A.data_ptr() | B.data_ptr()) % 16
+        if aligned and not knobs.runtime.interpret:
+            compiled(y.device, y.dtype, *sizes)[grid](*values)
+        else:
+            add_low_rank_kernel[grid](*values, num_warps=WARPS)
+
+
+BLOCK_O, WARPS = 128, 8
+
+
+@functools.cache
+def blocks(i: int, r: int) -> tuple[int, int]:
+    """How many rows and columns of A the kernel reads at once."""
+    R = max(triton.next_power_of_2(r), 16)
+    return R, min(triton.next_power_of_2(i), max(16384 // R, 16))
+
+
+@functools.cache
+def compiled(device: torch.device, dtype: torch.dtype, *sizes: int) -> Any:
+    """`add_low_rank_kernel` for these sizes, and tensors that start at multiples of 16 bytes.
+
+    To find it by the arguments of each launch, as Triton does, takes as long as the launch.
+    """
+    t = torch.empty(16, dtype=dtype, device=device)
+    _, r, _, _, i = sizes
+    values = t, t, t, t, 0.5, *sizes, *blocks(i, r), BLOCK_O
+    kernel: Any = add_low_rank_kernel
+    return kernel.warmup(*values, num_warps=WARPS, grid=(1,))
+
+
+def on_device_of(t: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes the GPU of `t` the current one, which Triton takes, whatever that of a tensor."""
+    if not t.is_cuda or t.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device_of(t)
 
 
 @triton.jit
