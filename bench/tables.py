@@ -280,7 +280,7 @@ def decode(kind: str) -> str:
 def speed(kind: str) -> str:
     """A training step in the shapes of real models, in each way that it can run."""
     result, ran_on = read(f"speed-{kind}")
-    who = ["ours", "bound", "torch.func.grad", "peft"]
+    who = ["ours", "bound", "torch.func.grad", "base by torch.func.grad", "peft"]
     rows = []
     for row in result["rows"]:
         times, peaks = row["over base"], row["mebibytes"]
@@ -303,11 +303,11 @@ def speed(kind: str) -> str:
             ]
         )
     headers = ["model and batch", "way", "variant", "base, ms", "ours", "ours, bound", "ours, grad"]
-    table = markdown(rows, [*headers, "PEFT", "GiB over base", "PEFT: GiB"])
+    table = markdown(rows, [*headers, "base, grad", "PEFT", "GiB over base", "PEFT: GiB"])
     several = sorted({row["in a row"] for row in result["rows"]})
     about = (
         f"Times over the base's; {result['settings']['dtype']}, r=32. A round is "
-        f"{' or '.join(map(str, several))} steps without a wait between them."
+        f"{several[0]} to {several[-1]} steps without a wait between them."
     )
     return f"{table}\n\n{about} {ran_on}."
 
@@ -344,22 +344,18 @@ def kernels(kind: str) -> str:
     """What the steps ask of the GPU."""
     result, ran_on = read(f"kernels-{kind}")
     rows: list[list[str]] = []
-    shown = {
-        "ours": "ours",
-        "bound": "ours, bound",
-        "apart": "ours, apart",
-        "torch.func.grad": "ours, grad",
-    }
+    shown = {"ours": "ours", "bound": "ours, bound", "torch.func.grad": "ours, grad"}
+    bases = {"base": "base", "base by torch.func.grad": "base, grad"}
     for row in result["rows"]:
         numbers = [f"{row[name]:.1f}" for name in ("milliseconds", "cpu", "wall")]
         adapter = f"{row['variant']} on {row['targets']}"
-        who = f"{adapter}, {shown[row['who']]}" if row["who"] in shown else "base"
+        who = bases.get(row["who"]) or f"{adapter}, {shown[row['who']]}"
         model = f"{row['shape']}, {row['layers']} layers"
         rows.append([model, row["way"], who, f"{row['kernels']:,}", *numbers])
     rows = [
         row
         for i, row in enumerate(rows)
-        if row[2] != "base" or row[:3] not in [r[:3] for r in rows[:i]]
+        if row[2] not in bases.values() or row[:3] not in [r[:3] for r in rows[:i]]
     ]
     headers = ["model", "way", "step", "kernels", "they run for, ms", "CPU, ms", "step, ms"]
     return f"{markdown(rows, headers)}\n\nbfloat16, r=32. {ran_on}."
