@@ -179,6 +179,18 @@ def test_a_transform():
         torch.testing.assert_close(found[key], want[key])
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_other_parameters_for_a_forward(grad):
+    """Some with an example axis, in a view that was bound without."""
+    adapter, model, params, view = bound(lf.LoRA(r=2))
+    x = torch.randn(3, 2, 6)
+    population = {k: torch.stack([t, 2 * t, 3 * t]).detach() for k, t in params.items()}
+    with torch.set_grad_enabled(grad):
+        for given in (params, population, params, population):
+            out = torch.func.functional_call(view, dict(given), (x,))
+            torch.testing.assert_close(out, told(adapter, model, given, x))
+
+
 def test_dropout_of_a_layer_that_ran_without():
     torch.manual_seed(0)
     model = Model()

@@ -79,8 +79,8 @@ class AdaptedLayer(StandIn, Holder):
         more = args or kwargs
         if not torch.compiler.is_compiling():
             self.__dict__["_ran"] = True
-            if (whole := self._whole) and not more and self.repeats(x, whole):
-                return whole.run(x, self._kept.entries)
+            if (whole := self._whole) and not more and (p := self.entries_again(x, whole)):
+                return whole.run(x, p)
         p = self.entries(x.dtype)
         x = self.admit(x, p)
         if not more and (whole := self.whole(x, p)):
@@ -120,24 +120,30 @@ class AdaptedLayer(StandIn, Holder):
             return variant.fused(x, W, b, variant.prepared(weight, p.params, x.dtype))
 
         plain = isinstance(W, Tensor)
-        whole = Whole(run, x.dtype, torch.is_grad_enabled())
+        whole = Whole(run, x.dtype, p.own, torch.is_grad_enabled())
         if self._bound and not self._site.dropout:
             self.__dict__["_whole"] = whole
         return whole
 
-    def repeats(self, x: Tensor, whole: Whole) -> bool:
-        """Whether x is like the input that `whole` was found for, in a forward of this thread."""
+    def entries_again(self, x: Tensor, whole: Whole) -> Entries | None:
+        """The kept parameters, if x is like the input that `whole` was found for, and else None.
+
+        In a forward of this thread, which has looked at the layer when it started.
+        """
         kept, thread, grad = self._kept, threading.get_ident(), torch.is_grad_enabled()
-        return (
-            kept is not None
-            and type(x) is Tensor
+        if kept is None:
+            return None
+        again = (
+            type(x) is Tensor
             and x.dtype == whole.dtype == kept.entries.dtype
+            and kept.entries.own == whole.own
             and grad == whole.grad
             and thread in self._running
             and (thread == kept.thread or not grad)
             and not in_transform()
             and not autocast_on(x.device)
         )
+        return kept.entries if again else None
 
     def may_fuse(self, x: Tensor, p: Entries) -> bool:
         """Whether the variant's fused form can take the place of a layer that allows it."""
@@ -316,6 +322,7 @@ class Whole(NamedTuple):
 
     run: Callable[[Tensor, Entries], Tensor]
     dtype: torch.dtype  # of the inputs for which it was found
+    own: tuple[str, ...]  # the parameters with an example axis then
     grad: bool  # whether gradients were on
 
 
