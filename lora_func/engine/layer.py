@@ -173,8 +173,7 @@ class AdaptedLayer(StandIn, Holder):
                 "otherwise leave this layer out of the targets, or call under torch.no_grad()"
             )
         first = next(iter(p.params.values()), x)
-        if x.device != first.device:
-            x = accelerate.moved_input(self._modules["layer"], x, first.device)
+        x = accelerate.moved_input(self._modules["layer"], x, first.device)
         if p.own:
             n = p.params[p.own[0]].shape[0] * self._each
             if x.dim() < 2 or not (x.shape[0] == n or self.generates(x.shape[0], n)):
@@ -208,10 +207,8 @@ class AdaptedLayer(StandIn, Holder):
         not count as a change.
         """
         kept = self._kept
-        if kept is not None:
-            found = kept.entries
-            if (found.dtype is dtype or found.serves(dtype)) and self.holds(kept):
-                return found
+        if kept is not None and kept.entries.serves(dtype) and self.holds(kept):
+            return kept.entries
         site, plain = self._site, self.plain()
         if not overrides(site.variant, "prepare"):
             return plain

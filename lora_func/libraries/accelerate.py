@@ -50,7 +50,7 @@ def onloaded(module: Any, name: str, tensor: Tensor) -> Tensor:
 
 def moved_input(layer: Any, x: Tensor, device: torch.device) -> Tensor:
     """`x` on `device`, if a hook moves the layer's inputs: it does so for the layer alone."""
-    return x.to(device) if hasattr(layer, "_hf_hook") else x
+    return x.to(device) if x.device != device and hasattr(layer, "_hf_hook") else x
 
 
 def check_offload(model: nn.Module, paths: Iterable[str]) -> None:
