@@ -15,7 +15,7 @@ from toy import counting, language_model, loss_per_example
 
 import lora_func as lf
 
-inner_rate, outer_rate, tasks = 10.0, 1e-2, 8
+inner_rate, outer_rate, tasks = 0.3, 1e-2, 8
 model = language_model(attn_implementation="eager")
 # One token has nothing to attend to: queries and keys are left out.
 adapted_forward, params = lf.adapt(
