@@ -249,9 +249,10 @@ def test_gradients_switched_on_inside_of_a_forward():
     torch.testing.assert_close(kept[-1].detach(), layer_of(view)(x).detach())
 
 
-def test_threads_that_train_one_view():
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name())
+def test_threads_that_train_one_view(variant):
     """Each has the gradients of its own forward."""
-    _, _, params, view = bound(lf.LoRA(r=2))
+    _, _, params, view = bound(variant)
     x = torch.randn(3, 6)
     leaves = [*params.values()]
     want = torch.autograd.grad(view(x).square().sum(), leaves)
