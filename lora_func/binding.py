@@ -173,7 +173,7 @@ class Face:
             tensor.begin()
         if not (torch.compiler.is_compiling() or in_transform()):
             with no_inference_mode():
-                prepare_ahead(view, [layer for layer in self.layers if layer.stale()])
+                prepare_ahead(view, [layer for layer in self.layers if layer.begin()])
             self.running.add(threading.get_ident())
 
     def ended(self, *_: Any) -> None:

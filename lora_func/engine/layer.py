@@ -240,17 +240,20 @@ class AdaptedLayer(StandIn, Holder):
             return False
         return any(table[name].requires_grad for table, name in self.places())
 
-    def stale(self) -> bool:
-        """Whether a bound view has to prepare the parameters at the start of a forward.
+    def begin(self) -> bool:
+        """Before a forward of a bound view: whether to prepare the parameters for it.
 
-        Not if that moves the weight, which its own forward does, and not if it may keep them, and
-        only the input says in which dtype. For eager mode, outside of transforms.
+        It forgets what no longer holds. Not to prepare if that moves the weight, which its own
+        forward does, and not if it may keep them, and only the input says in which dtype. For eager
+        mode, outside of transforms.
         """
         if self._whole and not self._weight.is_bare():
             self.__dict__["_whole"] = None
         kept, trains = self._kept, self.trains()
-        if kept is not None and not trains and unchanged(kept.sources or ()):
-            return False
+        if kept is not None and not trains:
+            if kept.still():
+                return False
+            self.__dict__["_kept"] = None
         return self.prepares_ahead() and (trains or self._weight.input_dtype is not None)
 
     def prepares_ahead(self) -> bool:

@@ -295,6 +295,19 @@ def test_the_dtype_in_which_a_layer_computes(device):
     torch.testing.assert_close(given + layer.bias, layer(x), rtol=1e-2, atol=1e-2)
 
 
+@over_variants
+def test_a_step_in_eval_mode_is_seen_without_gradients(variant, device):
+    """4-bit layers are prepared for the dtype of an input, and so after the forward has begun."""
+    packed, _ = pair("nf4", device)
+    adapter, params = adapt(packed, variant, device)
+    bound, batch = lf.bind(adapter, packed, params).eval(), batch_on(device)
+    bound(**batch).loss.backward()
+    with torch.no_grad():
+        for leaf in params.values():
+            leaf.mul_(1.5)
+        torch.testing.assert_close(bound(**batch).loss, adapter(packed, params, batch).loss)
+
+
 def test_a_bound_view_inside_a_transform(device):
     """A view bound outside of a transform computes by our product when called inside of one."""
     packed, plain = pair("nf4", device)
