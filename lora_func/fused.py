@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .kernels import takes
 from .libraries.functorch import applied, own_tensor, packs_saved
-from .linalg import low_rank_update
+from .linalg import cast, low_rank_update
 
 FEW = 16
 """Rows of an input that are few: each of them reads all of A again."""
@@ -46,8 +46,7 @@ def low_rank_linear(  # noqa: PLR0917  (the names of the formula)
     For eager autograd of any order, not for torch.func. `linalg.low_rank_update` is its oracle, and
     is what runs if B alone requires grad: second derivatives then need not x.
     """
-    A = A if A.dtype == x.dtype else A.to(x.dtype)
-    B = B if B.dtype == x.dtype else B.to(x.dtype)
+    A, B = cast(A, x.dtype), cast(B, x.dtype)
     needs_A, needs_B = A.requires_grad, B.requires_grad
     if not (torch.is_grad_enabled() and (needs_A or needs_B or x.requires_grad)):
         return inference(x, W, b, A, B, scale)
@@ -71,7 +70,7 @@ def base_output(x: Tensor, W: Tensor | Packed, b: Tensor | None) -> Tensor:
 
 def inner(x: Tensor, A: Tensor, own: bool) -> Tensor:
     """`h = x Aᵀ`, a matrix `[rows, r]` or a stack of them."""
-    return x @ A.mT if own else F.linear(x.reshape(-1, x.shape[-1]), A)
+    return x @ A.mT if own else F.linear(rows(x, own), A)
 
 
 def add_outer(y: Tensor, h: Tensor, B: Tensor, scale: float, own: bool) -> None:
@@ -123,9 +122,9 @@ class LowRankLinear(torch.autograd.Function):
         x, W, A, B, h = ctx.saved_tensors
         needs_x, _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
         own, scale = ctx.own, ctx.scale
-        g = grad if own else grad.reshape(-1, grad.shape[-1])
+        g = rows(grad, own)
         if needs_A:
-            x = x if own else x.reshape(-1, x.shape[-1])
+            x = rows(x, own)
             if needs_B and torch.is_grad_enabled():  # all that follows is differentiated
                 h = x @ A.mT
         gh = product(g, B, scale)  # [.., r]
@@ -176,9 +175,9 @@ class Outer(torch.autograd.Function):
         node = ctx.next_functions[0][0]  # of `Inner`
         x, W, A, B, h = node.saved_tensors
         own, needs_B = node.own, ctx.needs_input_grad[4]
-        g = grad if own else grad.reshape(-1, grad.shape[-1])
+        g = rows(grad, own)
         if x is not None:
-            x = x if own else x.reshape(-1, x.shape[-1])
+            x = rows(x, own)
             if needs_B and torch.is_grad_enabled():
                 h = x @ A.mT
         gh = product(g, B, ctx.scale)
@@ -216,6 +215,11 @@ def repeated(node: Any) -> Tensor:
     """The output of `low_rank_linear` once more, from its node in the graph of autograd."""
     x, W, A, B, _ = node.saved_tensors
     return low_rank_linear(x, node.packed if W is None else W, None, A, B, node.scale)
+
+
+def rows(t: Tensor, own: bool) -> Tensor:
+    """`t [.., d]` as a matrix, or as it is if examples have factors of their own."""
+    return t if own else t.reshape(-1, t.shape[-1])
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, scale: float, keep: int = 1) -> Tensor:
